@@ -1,0 +1,43 @@
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint gpu clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/stamp  ## create .venv with the pinned dependencies and tribn itself
+
+.venv/stamp: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' \
+	  2>/dev/null || { echo "tribn: PYTHON=$(PYTHON) must be Python 3.10 to 3.14 with the venv module" \
+	  "(on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up .venv; downloading PyTorch and Triton may take minutes"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: .venv/stamp  ## see what tribn does on this machine
+	.venv/bin/python -m perf demo
+
+# One thread per worker: pytest-xdist already fills the cores.
+test: export OMP_NUM_THREADS := 1
+test: .venv/stamp  ## run the tests: on this device, then every kernel in Triton's interpreter
+	.venv/bin/python -m pytest -n auto
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -n auto
+
+lint: .venv/stamp  ## check style and types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+# No venv: a GPU machine's own python3 has the PyTorch that matches its driver.
+gpu: export OUT := $(or $(OUT),perf/results)
+gpu:  ## test and benchmark on a GPU with the packages of PYTHON; results go to OUT
+	@mkdir -p "$$OUT"
+	$(PYTHON) -m pytest --junitxml="$$OUT/tests.xml"
+	$(PYTHON) -m perf bench --out "$$OUT"
+
+clean:  ## remove .venv, caches and build outputs
+	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find tribn tests perf -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,25 @@
+"""Batch normalization for PyTorch, in Triton kernels on a GPU and plain PyTorch on a CPU."""
+
+from tribn import functional
+from tribn.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    StandardScaler,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "StandardScaler",
+    "functional",
+]

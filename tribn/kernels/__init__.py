@@ -1,0 +1,6 @@
+"""The operators of `tribn.ops` as Triton kernels: the only importers of triton."""
+
+from tribn.kernels.backward import batch_norm_backward
+from tribn.kernels.forward import batch_norm_eval, batch_norm_train, batch_stats
+
+__all__ = ["batch_norm_backward", "batch_norm_eval", "batch_norm_train", "batch_stats"]

@@ -1,0 +1,148 @@
+"""Device helpers shared by all kernels: which elements a tile holds, and merging partial results.
+
+A tile is [BLOCK_C, BLOCK_N * BLOCK_S]: channels down, reduced elements across. One source serves
+every layout: strides of all axes but the innermost arrive divided by VEC, so that the compiler
+sees them as multiples of it and makes 16-byte accesses.
+"""
+
+import triton
+import triton.language as tl
+
+# Arguments that no kernel is compiled anew for: what alignment there is, VEC tells.
+UNSPECIALIZED = [
+    *("N", "C", "S", "G", "parts", "tiles_per_split"),
+    *("stride_xn", "stride_xo", "stride_yn", "stride_yo"),
+    *("stride_dyn", "stride_dyo", "stride_dxn", "stride_dxo"),
+]
+
+
+@triton.jit
+def program(
+    pid,
+    N,
+    C,
+    S,
+    tiles_per_split,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """What a program works on: its channels, int64 [BLOCK_C], which of them exist, its split, and
+    the first and last (excluded) of its tiles."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    c = pid % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    if CHANNELS_LAST:
+        C = C // VEC * VEC
+    g = pid // channel_blocks
+    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(S, BLOCK_S)
+    first = g * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
+    return c, c < C, g, first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def reduced(
+    tile,
+    N,
+    S,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Outer and inner reduced positions of a tile, int64 [BLOCK_N * BLOCK_S], and which exist."""
+    if not CHANNELS_LAST:
+        S = S // VEC * VEC
+    blocks = tl.cdiv(S, BLOCK_S).to(tl.int32)
+    lane = tl.arange(0, BLOCK_N * BLOCK_S)
+    n = (tile // blocks).to(tl.int64) * BLOCK_N + lane // BLOCK_S
+    s = (tile % blocks).to(tl.int64) * BLOCK_S + lane % BLOCK_S
+    return n, s, (n < N) & (s < S)
+
+
+@triton.jit
+def offsets(n, c, s, stride_n, stride_o, stride_i, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Element offsets [BLOCK_C, BLOCK_N * BLOCK_S]; see `launch.Plan.strides` for the strides."""
+    n, c, s = n[None, :], c[:, None], s[None, :]
+    if CHANNELS_LAST:
+        return (n * stride_n + s * stride_o) * VEC + c * stride_i
+    return (n * stride_n + c * stride_o) * VEC + s * stride_i
+
+
+@triton.jit
+def merge_stats(
+    partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
+    G,
+    C,
+    c,
+    c_mask,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Count, mean and sum of squared deviations of the union of G parts, float64 [BLOCK_C].
+
+    Chan's formula for all parts at once, in a fixed order:
+    mean = sum(n_g * mean_g) / n, m2 = sum(m2_g + n_g * (mean_g - mean)^2).
+    """
+    count = tl.zeros([BLOCK_C], tl.float64)
+    total = tl.zeros([BLOCK_C], tl.float64)
+    m2 = tl.zeros([BLOCK_C], tl.float64)
+    for start in range(0, G, BLOCK_G):
+        g = start + tl.arange(0, BLOCK_G)
+        at = g[:, None] * C + c[None, :]
+        mask = (g < G)[:, None] & c_mask[None, :]
+        mean_g = tl.load(partials_ptr + at, mask, other=0.0)
+        count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0)
+        count += tl.sum(count_g, 0)
+        total += tl.sum(count_g * mean_g, 0)
+    count = tl.where(c_mask, count, 2.0)  # of absent channels: any from which 1 can be taken
+    mean = total / count
+    for start in range(0, G, BLOCK_G):
+        g = start + tl.arange(0, BLOCK_G)
+        at = g[:, None] * C + c[None, :]
+        mask = (g < G)[:, None] & c_mask[None, :]
+        mean_g = tl.load(partials_ptr + at, mask, other=0.0)
+        m2_g = tl.load(partials_ptr + G * C + at, mask, other=0.0)
+        count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0)
+        deviation = mean_g - mean[None, :]
+        m2 += tl.sum(m2_g + count_g * deviation * deviation, 0)
+    return count, mean, m2
+
+
+@triton.jit
+def merge_sums(
+    partials_ptr,  # [2, G, C] float64
+    G,
+    C,
+    c,
+    c_mask,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Both sums over G parts, in a fixed order, float64 [BLOCK_C]."""
+    first = tl.zeros([BLOCK_C], tl.float64)
+    second = tl.zeros([BLOCK_C], tl.float64)
+    for start in range(0, G, BLOCK_G):
+        g = start + tl.arange(0, BLOCK_G)
+        at = g[:, None] * C + c[None, :]
+        mask = (g < G)[:, None] & c_mask[None, :]
+        first += tl.sum(tl.load(partials_ptr + at, mask, other=0.0), 0)
+        second += tl.sum(tl.load(partials_ptr + G * C + at, mask, other=0.0), 0)
+    return first, second
+
+
+@triton.jit
+def reciprocal_std(var, eps, DTYPE: tl.constexpr):
+    """1 / sqrt(var + eps) of the variance as it is stored, so that backward repeats forward."""
+    return (1.0 / tl.sqrt(var.to(DTYPE).to(tl.float64) + eps)).to(DTYPE)
+
+
+@triton.jit
+def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr):
+    """A parameter of each channel, or the default where it is absent."""
+    if ptr is None:
+        return tl.full([BLOCK_C], default, DTYPE)
+    else:
+        return tl.load(ptr + c, c_mask, other=0.0).to(DTYPE)

@@ -1,0 +1,165 @@
+"""Launch plans: pure functions from shapes, strides and device facts to launch numbers.
+
+Standard library only, so that every plan can be computed, printed and tested on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+TILE_BYTES = 8192  # two 16-byte accesses for each of 256 threads
+CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
+TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
+MERGE = 32  # partials that every consumer merges for itself; more get a launch of their own
+COMBINE_C = 16  # channels of a program that only merges partials: few, for many programs
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device."""
+
+    sms: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors of one shape, seen as (N, C, S): outer reduction axis, channel, inner reduction axis.
+
+    `strides` holds one (stride_n, stride_c, stride_s) in elements for each tensor. An axis of
+    size 1 has stride 0.
+    """
+
+    N: int
+    C: int
+    S: int
+    strides: tuple[tuple[int, int, int], ...]
+
+
+def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]], axis: int) -> Layout | None:
+    """Sees tensors of one shape as (N, C, S) without moving an element.
+
+    Axes other than the channel `axis` may be visited in any order, since they are reduced
+    together: they are sorted by the first tensor's strides and neighbours are merged where all
+    tensors allow it. Returns None where more than two axes remain.
+    """
+    order = [d for d in range(len(shape)) if d != axis and shape[d] != 1]
+    order.sort(key=lambda d: strides[0][d], reverse=True)
+    merged: list[tuple[int, list[int]]] = []
+    for d in order:
+        inner = [s[d] for s in strides]
+        if merged and merged[-1][1] == [s * shape[d] for s in inner]:
+            merged[-1] = (merged[-1][0] * shape[d], inner)
+        else:
+            merged.append((shape[d], inner))
+    if len(merged) > 2:
+        return None
+    absent = (1, [0] * len(strides))
+    (N, stride_n), (S, stride_s) = [absent] * (2 - len(merged)) + merged
+    C = shape[axis]
+    stride_c = [s[axis] if C != 1 else 0 for s in strides]
+    return Layout(N, C, S, tuple(zip(stride_n, stride_c, stride_s, strict=True)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a reduction over (N, S) and a pass over the same elements are cut into programs.
+
+    A tile is `block_c` channels by `block_n * block_s` reduced elements. The tiles of a block of
+    channels are dealt out to `splits` programs in runs of `tiles_per_split`.
+    """
+
+    block_n: int
+    block_c: int
+    block_s: int
+    tiles_per_split: int
+    splits: int
+    channel_blocks: int
+    channels_last: bool  # the channel is the axis of neighbouring elements
+    vec: int  # the other axes' strides, and this axis' size, are multiples of it
+    num_warps: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.channel_blocks * self.splits,)
+
+    def strides(self, layout: Layout) -> list[int]:
+        """Each tensor's strides as the kernels take them.
+
+        Those of the outer, the other and the innermost axis, all but the last divided by `vec`,
+        where the innermost axis is the channel if `channels_last` and else the inner reduced one.
+        """
+        flat = []
+        for n, c, s in layout.strides:
+            other, inner = (s, c) if self.channels_last else (c, s)
+            flat += [n // self.vec, other // self.vec, inner]
+        return flat
+
+    @property
+    def combine(self) -> bool:
+        """Whether the partials are merged by a launch of their own."""
+        return self.splits > MERGE
+
+
+@lru_cache(maxsize=4096)
+def make_plan(layout: Layout, itemsize: int, device: Device) -> Plan:
+    """The plan for tensors of `itemsize` bytes an element in `layout` on `device`."""
+    N, C, S = layout.N, layout.C, layout.S
+    _, stride_c, stride_s = layout.strides[0]
+    channels_last = S == 1 or 0 < stride_c < stride_s
+    elements = TILE_BYTES // itemsize
+    if channels_last:
+        block_c = min(_pow2_above(C), 64)
+        block_s = min(_pow2_above(S), elements // block_c)
+    else:
+        block_s = _inner_block(S, elements)
+        # Small planes of neighbouring channels lie next to each other: take them in one run.
+        block_c = min(_pow2_above(C), elements // block_s) if elements > 16 * S else 1
+    block_n = min(_pow2_above(N), elements // (block_c * block_s))
+
+    tiles = _cdiv(N, block_n) * _cdiv(S, block_s)
+    channel_blocks = _cdiv(C, block_c)
+    splits = _cdiv(CTAS_PER_SM * device.sms, channel_blocks)
+    tiles_per_split = max(_cdiv(tiles, splits), min(tiles, TILES_PER_SPLIT))
+    return Plan(
+        block_n=block_n,
+        block_c=block_c,
+        block_s=block_s,
+        tiles_per_split=tiles_per_split,
+        splits=_cdiv(tiles, tiles_per_split),
+        channel_blocks=channel_blocks,
+        channels_last=channels_last,
+        vec=vector(layout, channels_last, 16 // itemsize),
+        num_warps=max(1, min(8, prod((block_n, block_c, block_s)) * itemsize // 1024)),
+    )
+
+
+def vector(layout: Layout, channels_last: bool, limit: int) -> int:
+    """The largest power of two, up to `limit`, that divides every stride but the inner axis' own.
+
+    And the inner axis' size, so that a run of that many elements is valid or masked as one.
+    """
+    inner = 1 if channels_last else 2
+    numbers = [layout.C if channels_last else layout.S]
+    numbers += [s for strides in layout.strides for i, s in enumerate(strides) if i != inner]
+    vec = limit
+    while any(number % vec for number in numbers):
+        vec //= 2
+    return vec
+
+
+def _inner_block(S: int, elements: int) -> int:
+    """The block over S that pads least, the largest such; at least an eighth of a tile."""
+    largest = min(_pow2_above(S), elements)
+    blocks = [b for b in (largest, largest // 2, largest // 4) if b >= elements // 8] or [largest]
+    return min(blocks, key=lambda b: _cdiv(S, b) * b)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _pow2_above(n: int) -> int:
+    return 1 << (n - 1).bit_length()
