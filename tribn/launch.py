@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
-TILE_BYTES = 8192  # two 16-byte accesses for each of 256 threads
+WARPS = 8  # of a program with a full tile
+BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
-MERGE = 32  # partials that every consumer merges for itself; more get a launch of their own
+MERGE = 16  # partials that every consumer merges for itself; more get a launch of their own
 COMBINE_C = 16  # channels of a program that only merges partials: few, for many programs
 
 
@@ -109,7 +109,10 @@ def make_plan(layout: Layout, itemsize: int, device: Device) -> Plan:
     N, C, S = layout.N, layout.C, layout.S
     _, stride_c, stride_s = layout.strides[0]
     channels_last = S == 1 or 0 < stride_c < stride_s
-    elements = TILE_BYTES // itemsize
+    vec = vector(layout, channels_last, 16 // itemsize)
+    # Narrow accesses hold an address for every element in registers: halve the elements.
+    bytes_per_thread = BYTES_PER_THREAD if vec * itemsize >= 8 else BYTES_PER_THREAD // 2
+    elements = 32 * WARPS * bytes_per_thread // itemsize
     if channels_last:
         block_c = min(_pow2_above(C), 64)
         block_s = min(_pow2_above(S), elements // block_c)
@@ -131,8 +134,8 @@ def make_plan(layout: Layout, itemsize: int, device: Device) -> Plan:
         splits=_cdiv(tiles, tiles_per_split),
         channel_blocks=channel_blocks,
         channels_last=channels_last,
-        vec=vector(layout, channels_last, 16 // itemsize),
-        num_warps=max(1, min(8, prod((block_n, block_c, block_s)) * itemsize // 1024)),
+        vec=vec,
+        num_warps=max(1, block_n * block_c * block_s * itemsize // (32 * bytes_per_thread)),
     )
 
 

@@ -240,6 +240,7 @@ def batch_norm_backward(
             grads = (None, None)
     if mask[0] and (training or partials is None):
         tensors = (dx, *grads, mean, var, weight, partials, x, dy)
-        parts = 0 if partials is None else partials.shape[1]
-        launch(backward_dx_kernel, *tensors, parts, eps, tensors=3, BLOCK_G=MERGE)
+        parts = 1 if partials is None else partials.shape[1]
+        block_g = 1 if parts == 1 else MERGE
+        launch(backward_dx_kernel, *tensors, parts, eps, tensors=3, BLOCK_G=block_g)
     return dx, dweight, dbias

@@ -213,13 +213,14 @@ def normalize(
     eps: float,
 ) -> None:
     """Writes y; with partials also mean, var and, if given, the running statistics."""
+    parts = 1 if partials is None else partials.shape[1]
     launch(
         normalize_kernel,
         *(y, running_mean, running_var, mean, var, partials, num_batches_tracked, weight, bias, x),
-        *(1 if partials is None else partials.shape[1], momentum or 0.0, eps),
+        *(parts, momentum or 0.0, eps),
         tensors=2,
         CUMULATIVE=momentum is None,
-        BLOCK_G=MERGE,
+        BLOCK_G=1 if parts == 1 else MERGE,
     )
 
 
