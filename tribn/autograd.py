@@ -74,14 +74,21 @@ class BatchNormEval(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor, training: bool, mask: tuple[bool, bool, bool]) -> Grads:
     x, mean, var, weight = ctx.saved_tensors
-    if torch.is_grad_enabled() and dy.numel():
-        return _differentiable_backward(dy, x, mean, var, weight, ctx.eps, training, ctx.axis, mask)
-    if x is None and dy.stride() != ctx.stride:  # dx takes its memory format from dy
-        dy = dy.new_empty_strided(dy.shape, ctx.stride).copy_(dy)
+    if torch.is_grad_enabled():
+        dx, dweight, dbias = _differentiable_backward(
+            dy, x, mean, var, weight, ctx.eps, training, ctx.axis, mask
+        )
+        return None if dx is None else _with_stride(dx, ctx.stride), dweight, dbias
+    if x is None:  # dx takes its memory format from dy
+        dy = _with_stride(dy, ctx.stride)
     grads: Grads = ops.batch_norm_backward(
         dy, x, mean, var, weight, ctx.eps, training, ctx.axis, mask
     )
     return grads
+
+
+def _with_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    return x if x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
 
 
 def _differentiable_backward(
@@ -106,7 +113,7 @@ def _differentiable_backward(
         xhat = dweight = None
     else:
         centred = x.to(dtype)
-        if training:
+        if training and x.numel():
             variance, average = torch.var_mean(centred, others, correction=0)
         else:
             variance, average = var.to(dtype), mean.to(dtype)

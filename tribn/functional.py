@@ -54,7 +54,7 @@ def batch_norm(
     Reducing Internal Covariate Shift", 2015.
     """
     y: Tensor
-    axis = _check_input(input, channel_axis)
+    axis = check_input(input, channel_axis, training)
     if (running_mean is None) != (running_var is None):
         given, missing = "running_mean", "running_var"
         if running_mean is None:
@@ -80,11 +80,6 @@ def batch_norm(
         return y
     if not eps > 0:
         raise ValueError(f"eps is {eps}: training needs a positive one")
-    if input.shape.numel() == input.shape[axis]:
-        raise ValueError(
-            f"input of shape {tuple(input.shape)} has one value per channel: its variance is zero; "
-            "training needs at least two"
-        )
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum is None: averaging over all batches needs num_batches_tracked")
     if num_batches_tracked is not None:
@@ -109,13 +104,13 @@ def batch_stats(input: Tensor, *, channel_axis: int = 1) -> tuple[Tensor, Tensor
     Raises:
         ValueError, TypeError: as `batch_norm`.
     """
-    axis = _check_input(input, channel_axis)
+    axis = check_input(input, channel_axis)
     mean, var, count = ops.batch_stats(input.detach(), axis)
     return mean, var, count
 
 
-def _check_input(input: Tensor, channel_axis: int) -> int:
-    """The channel axis counted from the front."""
+def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int:
+    """The channel axis counted from the front, of an input that can be served."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input is a {type(input).__name__}: it must be a tensor")
     if input.dtype not in _DTYPES:
@@ -130,7 +125,13 @@ def _check_input(input: Tensor, channel_axis: int) -> int:
         )
     if not -rank <= channel_axis < rank:
         raise ValueError(f"channel_axis is {channel_axis}: input has {rank} axes")
-    return channel_axis % rank
+    axis = channel_axis % rank
+    if training and input.numel() == input.shape[axis] > 0:
+        raise ValueError(
+            f"input of shape {tuple(input.shape)} has one value per channel: its variance is zero; "
+            "training needs at least two"
+        )
+    return axis
 
 
 def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tribn.functional import batch_norm, batch_stats
+from tribn.functional import batch_norm, batch_stats, check_input
 
 
 def _check_options(eps: float, momentum: float | None, channel_axis: int) -> None:
@@ -45,6 +45,13 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             channel_axis=self.channel_axis,
             num_batches_tracked=self.num_batches_tracked if batch and tracked else None,
         )
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()
@@ -128,8 +135,13 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, _Layer):
 
     def initialize_parameters(self, input: Tensor) -> None:
         self._check_input_dim(input)
-        super().initialize_parameters(input.movedim(self.channel_axis, 1))
+        check_input(input, self.channel_axis, self.training)
         self.num_features = input.shape[self.channel_axis]
+        if self.has_uninitialized_params():
+            for tensor in (*self._parameters.values(), *self._buffers.values()):
+                if tensor is not None and torch.nn.parameter.is_lazy(tensor):
+                    tensor.materialize((self.num_features,))
+            self.reset_parameters()
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):

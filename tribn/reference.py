@@ -3,8 +3,9 @@
 Every operator of `tribn.ops` has its function here, with the same arguments: `axis` is the channel
 axis, C its size, statistics are `accumulator(x.dtype)` tensors of shape (C,), outputs have the
 input's dtype and memory format. PyTorch's fused CPU operators do the work where they compute the
-same thing. Their reductions do so for a (batch, C, length) tensor that is contiguous and not of
-half precision; on others they add up long sums in float32, so those are converted first.
+same thing. Their reductions do so for a contiguous (batch, C, length) tensor with more than one
+element in length and not of half precision. On others they add up long sums in float32: those are
+converted first, to a layout and a dtype that are slower and exact.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def batch_stats(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count per channel; zeros for an empty batch."""
     if x.numel():
         rows = _rows(x, axis, _batch_first(x, axis))
-        mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
+        statistics = torch.batch_norm_update_stats(rows, None, None, 0.0)
+        mean, var = _cast(accumulator(x.dtype), *statistics)
     else:
         mean, var = torch.zeros(2, x.shape[axis], dtype=accumulator(x.dtype), device=x.device)
     return mean, var, torch.tensor(_count(x, axis), device=x.device)
@@ -77,9 +79,12 @@ def batch_norm_eval(
     """(x - mean) / sqrt(var + eps) * weight + bias"""
     if not x.numel():
         return torch.empty_like(x)
-    weight, bias, mean, var = _cast(x, weight, bias, mean, var)
-    y = aten.native_batch_norm(x.movedim(axis, 1), weight, bias, mean, var, False, 0.0, eps)[0]
-    return _laid_out_as(x, y.movedim(1, axis))
+    weight, bias, mean, var = _cast(accumulator(x.dtype), weight, bias, mean, var)
+    moved = x if axis == 1 else x.movedim(axis, 1)
+    y: Tensor = aten.native_batch_norm(moved, weight, bias, mean, var, False, 0.0, eps)[0]
+    if axis == 1 and y.stride() == torch.empty_like(x, device="meta").stride():
+        return y
+    return torch.empty_like(x).copy_(y.movedim(1, axis))
 
 
 def batch_norm_backward(
@@ -101,27 +106,30 @@ def batch_norm_backward(
     None where nothing depends on it: dweight is not asked for, nor is dx in training.
     """
     like = dy if x is None else x
-    weight, mean, var = _cast(like, weight, mean, var)
+    dtype = accumulator(like.dtype)
     if not like.numel():
-        dweight, dbias = (torch.zeros_like(mean) if wanted else None for wanted in mask[1:])
+        zeros = torch.zeros_like(mean, dtype=dtype)
+        dweight, dbias = (zeros.clone() if wanted else None for wanted in mask[1:])
         return torch.empty_like(like) if mask[0] else None, dweight, dbias
-    rstd = (var + eps).rsqrt()
     if x is None:
-        scale = rstd if weight is None else weight * rstd
+        weight, var = _cast(dtype, weight, var)
+        scale = (var + eps).rsqrt()
+        scale = scale if weight is None else weight * scale
         shape = [-1 if d == axis else 1 for d in range(dy.dim())]
         others = [d for d in range(dy.dim()) if d != axis]
         dx = torch.empty_like(dy).copy_(dy * scale.view(shape)) if mask[0] else None
-        return dx, None, dy.sum(others, dtype=mean.dtype) if mask[2] else None
+        return dx, None, dy.sum(others, dtype=dtype) if mask[2] else None
     batch_first = _batch_first(x, axis)
+    rows, dy_rows = (_rows(t, axis, batch_first) for t in (x, dy))
+    weight, mean, var = _cast(rows.dtype, weight, mean, var)
     dx, dweight, dbias = aten.native_batch_norm_backward(
-        _rows(dy, axis, batch_first),
-        _rows(x, axis, batch_first),
-        *(weight, mean, var, mean, rstd, training, eps, mask),
+        *(dy_rows, rows, weight, mean, var, mean, (var + eps).rsqrt(), training, eps, mask)
     )
-    if mask[0]:
-        front = 1 if batch_first else 0
-        dx = _laid_out_as(x, dx.reshape(x.movedim(axis, front).shape).movedim(front, axis))
-    return dx, dweight, dbias
+    if mask[0] and batch_first:
+        dx = aten._unsafe_view(dx.to(x.dtype), x.shape)
+    elif mask[0]:
+        dx = torch.empty_like(x).copy_(dx.view(x.movedim(axis, 0).shape).movedim(0, axis))
+    return dx, *_cast(dtype, dweight, dbias)
 
 
 def _count(x: Tensor, axis: int) -> int:
@@ -129,26 +137,17 @@ def _count(x: Tensor, axis: int) -> int:
     return x.numel() // x.shape[axis] if x.numel() else 0
 
 
-def _cast(x: Tensor, *statistics: Tensor | None) -> list[Any]:
-    return [None if t is None else t.to(accumulator(x.dtype)) for t in statistics]
+def _cast(dtype: torch.dtype, *statistics: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(dtype) for t in statistics]
 
 
 def _batch_first(x: Tensor, axis: int) -> bool:
-    """Whether x is a contiguous (batch, C, length) tensor as it stands."""
-    return x.dim() > 2 and x.movedim(axis, 1).is_contiguous()
+    """Whether x is a contiguous (batch, C, length) tensor as it stands, with some length."""
+    return axis == 1 and x.is_contiguous() and x.shape[:2].numel() < x.numel()
 
 
 def _rows(x: Tensor, axis: int, batch_first: bool) -> Tensor:
-    """x as a contiguous (batch, C, length) tensor in the accumulator's dtype."""
-    x = x.to(accumulator(x.dtype))
+    """x as a contiguous (batch, C, length) tensor, of batch 1 and float64 unless `batch_first`."""
     if batch_first:
-        return x.movedim(axis, 1).flatten(2).contiguous()
-    return x.movedim(axis, 0).flatten(1).contiguous().unsqueeze(0)
-
-
-def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """y in the dtype and memory format of x, copied only if it has to be."""
-    out_stride = torch.empty_like(x, device="meta").stride()
-    if y.dtype == x.dtype and y.stride() == out_stride:
-        return y
-    return torch.empty_like(x).copy_(y)
+        return x.to(accumulator(x.dtype)).contiguous().flatten(2)
+    return x.double().movedim(axis, 0).flatten(1).contiguous().unsqueeze(0)

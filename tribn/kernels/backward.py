@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tribn.kernels.host import Launcher, lay_out
+from tribn.kernels.host import Launcher, dense, lay_out
 from tribn.kernels.tile import (
     UNSPECIALIZED,
     load_or,
     merge_sums,
     offsets,
     program,
+    reciprocal,
     reciprocal_std,
     reduced,
+    store,
 )
 from tribn.launch import COMBINE_C, MERGE, Plan
 from tribn.reference import accumulator
@@ -65,7 +67,7 @@ def backward_reduce_kernel(
     )
     mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
     if dx_ptr is not None:
-        var = tl.load(var_ptr + c, c_mask, other=1.0)
+        var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
         scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
         scale *= reciprocal_std(var, eps, DTYPE)
     sum_dy = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
@@ -109,10 +111,10 @@ def backward_combine_kernel(
     tl.store(merged_ptr + c, sum_dy, c_mask)
     tl.store(merged_ptr + C + c, sum_dy_x, c_mask)
     if dweight_ptr is not None:
-        rstd = reciprocal_std(tl.load(var_ptr + c, c_mask, other=1.0), eps, DTYPE)
-        tl.store(dweight_ptr + c, sum_dy_x * rstd, c_mask)
+        var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
+        store(dweight_ptr, c, sum_dy_x * reciprocal_std(var, eps, DTYPE), c_mask)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + c, sum_dy, c_mask)
+        store(dbias_ptr, c, sum_dy, c_mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -160,19 +162,20 @@ def backward_dx_kernel(
     c, c_mask, g, first, last = program(
         pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
     )
-    rstd = reciprocal_std(tl.load(var_ptr + c, c_mask, other=1.0), eps, DTYPE)
+    var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
+    rstd = reciprocal_std(var, eps, DTYPE)
     scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * rstd
     if partials_ptr is not None:
-        mean = tl.load(mean_ptr + c, c_mask, other=0.0)
+        mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
         sum_dy, sum_dy_x = merge_sums(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
         if g == 0:
             if dweight_ptr is not None:
-                tl.store(dweight_ptr + c, sum_dy_x * rstd, c_mask)
+                store(dweight_ptr, c, sum_dy_x * rstd, c_mask)
             if dbias_ptr is not None:
-                tl.store(dbias_ptr + c, sum_dy, c_mask)
-        n_values = (N * S).to(tl.float64)
-        offset = (sum_dy / n_values).to(DTYPE)
-        slope = (sum_dy_x * rstd * rstd / n_values).to(DTYPE)
+                store(dbias_ptr, c, sum_dy, c_mask)
+        share = reciprocal(N * S)
+        offset = (sum_dy * share).to(DTYPE)
+        slope = (sum_dy_x * rstd * rstd * share).to(DTYPE)
     for tile in range(last - 1, first - 1, -1):
         n, s, valid = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         mask = c_mask[:, None] & valid[None, :]
@@ -223,6 +226,7 @@ def batch_norm_backward(
     )
     if not dy.numel():
         return torch.empty_like(like) if mask[0] else None, dweight, dbias
+    mean, var, weight = dense(mean, var, weight)
     # The kernels take strides of x, dy and dx: those of dy stand in for an absent tensor's.
     inputs = (like, dy) if mask[0] else (like, dy, dy)
     layout, (like, dy, out) = lay_out(axis, *inputs, out=mask[0])

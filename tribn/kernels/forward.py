@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tribn.kernels.host import Launcher, lay_out
+from tribn.kernels.host import Launcher, dense, lay_out
 from tribn.kernels.tile import (
     UNSPECIALIZED,
     load_or,
     merge_stats,
     offsets,
     program,
+    reciprocal,
     reciprocal_std,
     reduced,
+    store,
 )
 from tribn.launch import COMBINE_C, MERGE, Plan
 from tribn.reference import accumulator
@@ -74,9 +76,10 @@ def stats_kernel(
 
     n_g = tl.sum(count.to(tl.int64), 0).to(tl.float64)
     total_g = tl.sum(total, 1).to(tl.float64)
-    m2 = tl.sum(square, 1).to(tl.float64) - total_g * total_g / n_g
+    offset = total_g * reciprocal(n_g)
+    m2 = tl.sum(square, 1).to(tl.float64) - total_g * offset
     at = g * C + c
-    tl.store(partials_ptr + at, shift.to(tl.float64) + total_g / n_g, c_mask)
+    tl.store(partials_ptr + at, shift.to(tl.float64) + offset, c_mask)
     tl.store(partials_ptr + G * C + at, tl.where(m2 < 0, 0.0, m2), c_mask)  # NaN stays
     tl.store(partials_ptr + 2 * G * C + at, tl.zeros([BLOCK_C], tl.float64) + n_g, c_mask)
     if num_batches_tracked_ptr is not None:
@@ -167,22 +170,22 @@ def normalize_kernel(
     )
     if partials_ptr is not None:
         count, mean, m2 = merge_stats(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
-        var = m2 / count
+        var = m2 * reciprocal(count)
         if g == 0:
-            tl.store(mean_ptr + c, mean, c_mask)
-            tl.store(var_ptr + c, var, c_mask)
+            store(mean_ptr, c, mean, c_mask)
+            store(var_ptr, c, var, c_mask)
             if running_mean_ptr is not None:
                 if CUMULATIVE:
-                    momentum = 1.0 / tl.load(num_batches_tracked_ptr).to(tl.float64)
-                running_mean = tl.load(running_mean_ptr + c, c_mask, other=0.0).to(tl.float64)
-                running_var = tl.load(running_var_ptr + c, c_mask, other=0.0).to(tl.float64)
-                running_mean = running_mean * (1.0 - momentum) + mean * momentum
-                running_var = running_var * (1.0 - momentum) + m2 / (count - 1.0) * momentum
-                tl.store(running_mean_ptr + c, running_mean, c_mask)
-                tl.store(running_var_ptr + c, running_var, c_mask)
+                    momentum = reciprocal(tl.load(num_batches_tracked_ptr))
+                moved = mean * momentum
+                running = load_or(running_mean_ptr, c, c_mask, 0.0, BLOCK_C, tl.float64)
+                store(running_mean_ptr, c, running - running * momentum + moved, c_mask)
+                moved = m2 * reciprocal(count - 1) * momentum
+                running = load_or(running_var_ptr, c, c_mask, 0.0, BLOCK_C, tl.float64)
+                store(running_var_ptr, c, running - running * momentum + moved, c_mask)
     else:
-        mean = tl.load(mean_ptr + c, c_mask, other=0.0)
-        var = tl.load(var_ptr + c, c_mask, other=1.0)
+        mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+        var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
     mean = mean.to(DTYPE)
     weight = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
     bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
@@ -253,14 +256,18 @@ def batch_norm_train(
         return torch.empty_like(x), mean, var
     layout, (x, y) = lay_out(axis, x, out=True)
     launch = Launcher.of(layout, x, plan)
+    given = (running_mean, running_var, num_batches_tracked)
+    running_mean, running_var, num_batches_tracked = states = dense(*given)
     partials = stats(launch, x, num_batches_tracked)
     normalize(
         launch,
         *(y, running_mean, running_var, mean, var, partials, num_batches_tracked),
-        *(weight, bias, x, momentum, eps),
+        *(*dense(weight, bias), x, momentum, eps),
     )
-    for state in (running_mean, running_var, num_batches_tracked):
-        if state is not None:
+    for state, written in zip(given, states, strict=True):
+        if state is not written:
+            state.copy_(written)
+        elif state is not None:
             torch.autograd.graph.increment_version(state)
     return y, mean, var
 
@@ -278,6 +285,7 @@ def batch_norm_eval(
     if not x.numel():
         return torch.empty_like(x)
     layout, (x, y) = lay_out(axis, x, out=True)
+    mean, var, weight, bias = dense(mean, var, weight, bias)
     launch = Launcher.of(layout, x, plan)
     normalize(launch, y, None, None, mean, var, None, None, weight, bias, x, 0.0, eps)
     return y

@@ -37,6 +37,11 @@ def lay_out(axis: int, *inputs: Tensor, out: bool) -> tuple[Layout, list[Tensor]
     return layout, tensors
 
 
+def dense(*statistics: Tensor | None) -> list[Any]:
+    """Tensors of one number per channel with their numbers side by side, copied if they are not."""
+    return [None if t is None else t.contiguous() for t in statistics]
+
+
 @dataclass(frozen=True)
 class Launcher:
     """Launches kernels that visit the same tensors by the same plan."""

@@ -31,15 +31,14 @@ def program(
 ):
     """What a program works on: its channels, int64 [BLOCK_C], which of them exist, its split, and
     the first and last (excluded) of its tiles."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    c = pid % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)  # 64-bit divisions are calls, and slow
+    c = (pid % channel_blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     if CHANNELS_LAST:
         C = C // VEC * VEC
     g = pid // channel_blocks
-    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(S, BLOCK_S)
+    tiles = tl.cdiv(N, BLOCK_N).to(tl.int32) * tl.cdiv(S, BLOCK_S).to(tl.int32)
     first = g * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tiles)
-    return c, c < C, g, first.to(tl.int32), last.to(tl.int32)
+    return c, c < C, g.to(tl.int64), first, tl.minimum(first + tiles_per_split, tiles)
 
 
 @triton.jit
@@ -72,6 +71,18 @@ def offsets(n, c, s, stride_n, stride_o, stride_i, VEC: tl.constexpr, CHANNELS_L
 
 
 @triton.jit
+def reciprocal(count):
+    """1 / count in float64, for whole numbers: two steps of Newton's method from float32.
+
+    A division in float64 is a call, and costs registers and time that this does not.
+    """
+    count = count.to(tl.float64)
+    r = (1.0 / count.to(tl.float32)).to(tl.float64)
+    r = r * (2.0 - count * r)
+    return r * (2.0 - count * r)
+
+
+@triton.jit
 def merge_stats(
     partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
     G,
@@ -98,7 +109,7 @@ def merge_stats(
         count += tl.sum(count_g, 0)
         total += tl.sum(count_g * mean_g, 0)
     count = tl.where(c_mask, count, 2.0)  # of absent channels: any from which 1 can be taken
-    mean = total / count
+    mean = total * reciprocal(count)
     for start in range(0, G, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
         at = g[:, None] * C + c[None, :]
@@ -136,13 +147,33 @@ def merge_sums(
 @triton.jit
 def reciprocal_std(var, eps, DTYPE: tl.constexpr):
     """1 / sqrt(var + eps) of the variance as it is stored, so that backward repeats forward."""
-    return (1.0 / tl.sqrt(var.to(DTYPE).to(tl.float64) + eps)).to(DTYPE)
+    shifted = var.to(DTYPE).to(tl.float64) + eps
+    if DTYPE == tl.float64:
+        # The instruction promises no more than float32's accuracy: two steps of Newton's method.
+        rough = tl.rsqrt(shifted)
+        r = rough
+        for _ in tl.static_range(2):
+            r += r * (0.5 - 0.5 * shifted * r * r)
+        return tl.where((rough > 0) & (rough < float("inf")), r, rough)
+    else:
+        return tl.div_rn(1.0, tl.sqrt_rn(shifted.to(tl.float32)))
 
 
 @triton.jit
 def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr):
-    """A parameter of each channel, or the default where it is absent."""
+    """A number of each channel, or the default where there is no tensor."""
     if ptr is None:
         return tl.full([BLOCK_C], default, DTYPE)
-    else:
+    elif ptr.dtype.element_ty == tl.float64:
         return tl.load(ptr + c, c_mask, other=0.0).to(DTYPE)
+    else:  # half precision converts to float64 only by way of float32
+        return tl.load(ptr + c, c_mask, other=0.0).to(tl.float32).to(DTYPE)
+
+
+@triton.jit
+def store(ptr, c, value, c_mask):
+    """Stores a number of each channel, given in float64."""
+    if ptr.dtype.element_ty == tl.float64:
+        tl.store(ptr + c, value, c_mask)
+    else:
+        tl.store(ptr + c, value.to(tl.float32), c_mask)

@@ -1,0 +1,214 @@
+"""Launch plans as data: every element once, the device filled, nothing larger than it may be."""
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tribn.launch import MERGE, Device, Layout, collapse, make_plan
+
+H100 = Device(sms=132)
+SMALL = Device(sms=2)
+
+
+def contiguous(shape, order=None):
+    """Dense strides, the axes in `order` of memory, outermost first."""
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order or range(len(shape))):
+        strides[d] = step
+        step *= shape[d]
+    return strides
+
+
+def channels_last(shape):
+    return contiguous(shape, [0, *range(2, len(shape)), 1])
+
+
+def layout_of(shape, strides=contiguous, tensors=2):
+    return collapse(shape, [strides(shape)] * tensors, 1)
+
+
+def dot(indices, strides):
+    return sum(i * s for i, s in zip(indices, strides, strict=True))
+
+
+def offsets(shape, strides, axis):
+    """The channel and the offsets in all tensors of every element."""
+    for index in itertools.product(*map(range, shape)):
+        yield (index[axis], *(dot(index, s) for s in strides))
+
+
+def layout_offsets(layout):
+    for n, c, s in itertools.product(range(layout.N), range(layout.C), range(layout.S)):
+        yield (c, *(dot((n, c, s), strides) for strides in layout.strides))
+
+
+@st.composite
+def strided(draw):
+    shape = draw(st.lists(st.integers(1, 4), min_size=2, max_size=5))
+    tensors = []
+    for _ in range(draw(st.integers(1, 3))):
+        strides = contiguous(shape, draw(st.permutations(range(len(shape)))))
+        scale = draw(st.sampled_from([1, 1, 2]))
+        zero = draw(st.sampled_from([None, None, *range(len(shape))]))
+        tensors.append([0 if d == zero else s * scale for d, s in enumerate(strides)])
+    return shape, tensors, draw(st.integers(0, len(shape) - 1))
+
+
+@given(strided())
+def test_collapse_keeps_every_element_in_its_channel(case):
+    shape, strides, axis = case
+    layout = collapse(shape, strides, axis)
+    if layout is None:
+        assert len(shape) > 3
+    else:
+        assert Counter(layout_offsets(layout)) == Counter(offsets(shape, strides, axis))
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=5).flatmap(
+        lambda shape: st.tuples(st.just(shape), st.permutations(range(len(shape))))
+    ),
+    st.integers(0, 4),
+)
+def test_dense_tensors_collapse_in_any_order_of_axes(case, axis):
+    shape, order = case
+    assert collapse(shape, [contiguous(shape, order)] * 2, axis % len(shape)) is not None
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "axis", "expected"),
+    [
+        ((4, 3, 5, 6), (90, 30, 6, 1), 1, (4, 3, 30, (90, 30, 1))),
+        ((4, 3, 5, 6), (90, 1, 18, 3), 1, (1, 3, 120, (0, 1, 3))),
+        ((4, 5, 3), (15, 3, 1), 2, (1, 3, 20, (0, 1, 3))),
+        ((8, 3), (3, 1), 1, (1, 3, 8, (0, 1, 3))),
+        ((2, 2048, 1, 1), (2048, 1, 1, 1), 1, (1, 2048, 2, (0, 1, 2048))),
+        ((3000, 1, 9), (9, 9, 1), 1, (1, 1, 27000, (0, 0, 1))),
+        ((4, 3, 5, 6), (0, 0, 0, 0), 1, (1, 3, 120, (0, 0, 0))),
+        ((1, 7), (7, 1), 1, (1, 7, 1, (0, 1, 0))),
+    ],
+)
+def test_collapse_of_common_layouts(shape, strides, axis, expected):
+    N, C, S, triple = expected
+    assert collapse(shape, [strides], axis) == Layout(N, C, S, (triple,))
+
+
+def test_what_no_strides_can_express():
+    assert collapse((4, 3, 5, 6), [(180, 60, 12, 1)], 1) is None  # every second row
+    both = [contiguous((4, 3, 5, 6)), contiguous((4, 3, 5, 6), [0, 1, 3, 2])]
+    assert collapse((4, 3, 5, 6), both, 1) is None  # each by itself could
+
+
+NETWORKS = [
+    *[
+        (128, c, s, s)
+        for c, s in ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
+    ],
+    *[(64, c, s, s) for c, s in ((24, 56), (144, 28), (40, 28), (65, 100), (960, 7), (112, 14))],
+    *[(2, 32, 128, 128, 128), (2, 320, 8, 8, 8), (16, 64, 256, 256), (32, 1024, 1024)],
+    *[(1024, 256), (65536, 512), (262144, 128), (2_000_000, 64), (2**21, 24)],
+    *[(20, 6, 65536), (8, 3, 1024, 1024), (3000, 1, 9), (2, 2048, 1, 1), (2**21, 1), (1, 5, 2**22)],
+    *[(2**16, 64, 40, 40), (2**33, 2), (2, 2**22, 300)],  # more than 2^31 elements
+]
+LAYOUTS = [contiguous, channels_last]
+
+
+@pytest.mark.parametrize("strides", LAYOUTS)
+@pytest.mark.parametrize("shape", NETWORKS, ids=str)
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_plan_fits_the_device(shape, strides, itemsize):
+    layout = layout_of(shape, strides)
+    plan = make_plan(layout, itemsize, H100)
+    for block in (plan.block_n, plan.block_c, plan.block_s, plan.num_warps, plan.vec):
+        assert block.bit_count() == 1, plan
+    tile = plan.block_n * plan.block_c * plan.block_s
+    assert tile * itemsize <= 32 * plan.num_warps * 32, "more than two accesses of a thread"
+    assert plan.num_warps <= 8
+    tiles = -(-layout.N // plan.block_n) * -(-layout.S // plan.block_s)
+    assert (plan.splits - 1) * plan.tiles_per_split < tiles <= plan.splits * plan.tiles_per_split
+    assert plan.channel_blocks == -(-layout.C // plan.block_c)
+    assert plan.grid[0] < 2**31
+    assert tiles < 2**31
+
+
+@pytest.mark.parametrize("strides", LAYOUTS)
+@pytest.mark.parametrize("shape", NETWORKS, ids=str)
+def test_plan_fills_the_device_however_few_the_channels(shape, strides):
+    """Unless the tensor is small, every multiprocessor has a program and no tile is mostly padding."""
+    layout = layout_of(shape, strides)
+    elements = layout.N * layout.C * layout.S
+    plan = make_plan(layout, 2, H100)
+    if elements * 2 > 16 * 2**20:
+        assert plan.grid[0] >= H100.sms
+        covered = plan.channel_blocks * plan.block_c
+        covered *= -(-layout.N // plan.block_n) * plan.block_n
+        covered *= -(-layout.S // plan.block_s) * plan.block_s
+        assert covered <= 2 * elements
+
+
+def visited(plan, layout):
+    """(n, c, s) of every lane of every program, as `tribn.kernels.tile` numbers them."""
+    s_blocks = -(-layout.S // plan.block_s)
+    tiles = -(-layout.N // plan.block_n) * s_blocks
+    for pid in range(plan.grid[0]):
+        c_block, first = (
+            pid % plan.channel_blocks,
+            pid // plan.channel_blocks * plan.tiles_per_split,
+        )
+        for tile in range(first, min(first + plan.tiles_per_split, tiles)):
+            for lane_c, lane_n, lane_s in itertools.product(
+                range(plan.block_c), range(plan.block_n), range(plan.block_s)
+            ):
+                n = tile // s_blocks * plan.block_n + lane_n
+                s = tile % s_blocks * plan.block_s + lane_s
+                c = c_block * plan.block_c + lane_c
+                if n < layout.N and c < layout.C and s < layout.S:
+                    yield n, c, s
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 80)),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([2, 4, 8]),
+)
+def test_plan_visits_every_element_once(shape, strides, itemsize):
+    layout = layout_of(shape, strides)
+    counts = Counter(visited(make_plan(layout, itemsize, SMALL), layout))
+    assert len(counts) == layout.N * layout.C * layout.S
+    assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "itemsize", "vec"),
+    [
+        ((128, 256, 56, 56), contiguous, 2, 8),
+        ((128, 256, 56, 56), channels_last, 4, 4),
+        ((128, 512, 14, 14), contiguous, 2, 4),
+        ((128, 512, 7, 7), contiguous, 2, 1),
+        ((128, 512, 7, 7), channels_last, 2, 8),
+        ((64, 24, 5, 5), channels_last, 2, 8),
+        ((64, 65, 100, 100), channels_last, 2, 1),
+        ((64, 65, 100, 100), contiguous, 8, 2),
+        ((2**21, 1), contiguous, 2, 8),
+    ],
+)
+def test_access_width(shape, strides, itemsize, vec):
+    assert make_plan(layout_of(shape, strides), itemsize, H100).vec == vec
+
+
+def test_access_width_is_that_of_the_worst_tensor():
+    shape = (8, 4, 16)
+    odd = (64 * 2 + 2, 32, 1)
+    layout = collapse(shape, [contiguous(shape), odd], 1)
+    assert make_plan(layout, 2, H100).vec == 2
+
+
+def test_many_partials_are_merged_by_a_launch_of_their_own():
+    plan = make_plan(layout_of((2_000_000, 64)), 2, H100)
+    assert plan.splits > MERGE
+    assert plan.combine
+    assert not replace(plan, splits=MERGE).combine
