@@ -138,7 +138,7 @@ def test_plan_fits_the_device(shape, strides, itemsize):
 @pytest.mark.parametrize("strides", LAYOUTS)
 @pytest.mark.parametrize("shape", NETWORKS, ids=str)
 def test_plan_fills_the_device_however_few_the_channels(shape, strides):
-    """Unless the tensor is small, every multiprocessor has a program and no tile is mostly padding."""
+    """A large tensor gives every multiprocessor a program and is not mostly padding."""
     layout = layout_of(shape, strides)
     elements = layout.N * layout.C * layout.S
     plan = make_plan(layout, 2, H100)

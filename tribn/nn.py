@@ -201,7 +201,7 @@ class StandardScaler(torch.nn.Module):
         mean, var, count = batch_stats(batch.double())
         seen = self.n_samples_seen_
         total = seen + count
-        share = count / total.clamp(min=1)
+        share = count.double() / total.clamp(min=1)
         delta = mean - self.mean_
         self.var_.copy_(self.var_ * (1 - share) + var * share + delta**2 * share * (1 - share))
         self.mean_.add_(delta * share)
