@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -85,13 +86,15 @@ def resources(kernel: Any) -> Resources:
         widths = {"ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
         loads, stores = (
             Counter(
-                widths[m] for m in re.findall(rf"\b(?:global|buffer)_{op}_(dwordx?\d?|u?short)", code)
+                widths[m]
+                for m in re.findall(rf"\b(?:global|buffer)_{op}_(dwordx?\d?|u?short)", code)
             )
             for op in ("load", "store")
         )
     return Resources(kernel.metadata.name, registers, spills, loads, stores)
 
 
+@cache
 def _disassemble(cubin: bytes) -> tuple[int, str]:
     """Registers of a thread, and SASS, by the tools of Triton's wheel."""
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"

@@ -114,7 +114,7 @@ def make_plan(layout: Layout, itemsize: int, device: Device) -> Plan:
     bytes_per_thread = BYTES_PER_THREAD if vec * itemsize >= 8 else BYTES_PER_THREAD // 2
     elements = 32 * WARPS * bytes_per_thread // itemsize
     if channels_last:
-        block_c = min(_pow2_above(C), 64)
+        block_c = min(_pow2_above(C), 64, 256 // itemsize)  # rows of whole cache lines
         block_s = min(_pow2_above(S), elements // block_c)
     else:
         block_s = _inner_block(S, elements)

@@ -239,7 +239,7 @@ def batch_norm_backward(
         fused = None if training else dx
         tensors = (partials, fused, mean, var, weight, x, dy)
         launch(backward_reduce_kernel, *tensors, eps, tensors=3)
-        if launch.plan.splits > MERGE or not (training and mask[0]):
+        if launch.plan.combine or not (training and mask[0]):
             partials = backward_combine(partials, dweight, dbias, var, eps)
             grads = (None, None)
     if mask[0] and (training or partials is None):

@@ -92,7 +92,7 @@ def stats(launch: Launcher, x: Tensor, num_batches_tracked: Tensor | None) -> Te
     C, G = launch.layout.C, launch.plan.splits
     partials = x.new_empty((3, G, C), dtype=torch.float64)
     launch(stats_kernel, partials, num_batches_tracked, x, tensors=1)
-    return combine(partials) if G > MERGE else partials
+    return combine(partials) if launch.plan.combine else partials
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -250,8 +250,8 @@ def batch_norm_train(
     axis: int,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_zeros(x.shape[axis], dtype=accumulator(x.dtype))
-    var = torch.zeros_like(mean)
+    allocate = x.new_empty if x.numel() else x.new_zeros
+    mean, var = (allocate((x.shape[axis],), dtype=accumulator(x.dtype)) for _ in range(2))
     if not x.numel():
         return torch.empty_like(x), mean, var
     layout, (x, y) = lay_out(axis, x, out=True)

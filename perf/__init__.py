@@ -1,0 +1,1 @@
+"""What tribn does on this machine: `python -m perf --help`."""

@@ -1,0 +1,28 @@
+"""`python -m perf COMMAND`: runs the `main` of the module of that name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+# A module of this package with a `main(argv)` that parses the rest, and its line in --help.
+COMMANDS = {
+    "demo": "measure what batch normalization claims, on handwritten digits",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf", description="Measurements of tribn on this machine."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    # Only the chosen module is imported: the others may need what is not installed here.
+    chosen, rest = parser.parse_known_args(argv)
+    import_module(f"perf.{chosen.command}").main(rest)
+
+
+if __name__ == "__main__":
+    main()
