@@ -65,7 +65,7 @@ def compiling(target: str) -> Iterator[list[Any]]:
     with (
         mock.patch.object(driver, "_active", absent),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(host, "device_facts", lambda _: device),
+        mock.patch.object(host, "device_facts", return_value=device),
     ):
         yield kernels
 
