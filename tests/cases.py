@@ -322,7 +322,12 @@ def assert_matches_torch(inputs: Inputs, training: bool, roundings: float = 1.0)
     torch_results = run(torch_batch_norm, inputs, training)
     assert_all_accurate(results, torch_results, exact(inputs, training), roundings)
     for name in ("y", "dx"):
-        assert results[name].stride() == torch.empty_like(inputs.x).stride(), name
+        assert strides(results[name]) == strides(torch.empty_like(inputs.x)), name
+
+
+def strides(x: Tensor) -> list[int]:
+    """The strides that matter: those of axes with more than one element."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 def without(inputs: Inputs, *names: str) -> Inputs:
