@@ -546,6 +546,8 @@ BAD_CALLS = [
     *[({"eps": eps}, ValueError, "eps is", EVAL) for eps in (-1e-5, torch.nan)],
     *[({"channel_axis": a}, ValueError, f"channel_axis is {a}", BOTH) for a in (3, -4, 100)],
     ({"channel_axis": 0}, ValueError, "channels in axis 0", BOTH),
+    ({"channel_axis": 1.0}, TypeError, "channel_axis is 1.0", BOTH),
+    ({"weight": [1.0, 1.0, 1.0]}, TypeError, "weight is a list", BOTH),
     ({"momentum": None, "num_batches_tracked": None}, ValueError, "momentum is None", TRAIN),
     *[({"num_batches_tracked": torch.ones((), dtype=d)}, TypeError, f"num_batches_tracked is {d}",
        TRAIN) for d in (torch.float32, torch.int32)],

@@ -330,14 +330,21 @@ BAD_INPUTS = [
     (torch.ones(1, 3, 1, 1), ValueError, "input"),
     (torch.ones(2, 3, 4, 5).int(), TypeError, "input is torch.int32"),
     (torch.ones(2, 3, 4, 5).cfloat(), TypeError, "input is torch.complex64"),
+    ([1.0], TypeError, "input is a list"),
+    (torch.ones(2, 3, 4, 5).to_sparse(), TypeError, "input is torch.sparse_coo"),
 ]
+
+
+def on(device, x):
+    """x on the device, unless it is on meta or no tensor at all."""
+    return x.to(device) if isinstance(x, torch.Tensor) and not x.is_meta else x
 
 
 @pytest.mark.parametrize(("x", "error", "message"), BAD_INPUTS)
 def test_bad_first_input_leaves_a_lazy_module_unmaterialized(x, error, message, device):
     lazy = tribn.LazyBatchNorm2d(device=device)
     with pytest.raises(error, match=message):
-        lazy(x.to(device))
+        lazy(on(device, x))
     assert type(lazy) is tribn.LazyBatchNorm2d
     assert isinstance(lazy.weight, UninitializedParameter)
     assert lazy(torch.randn(2, 7, 4, 5, device=device)).shape == (2, 7, 4, 5)
@@ -360,7 +367,7 @@ def test_bad_first_input_leaves_a_lazy_module_unmaterialized(x, error, message, 
 )
 def test_bad_input_raises_and_changes_nothing(x, error, message, training, device):
     module = pair("2d", 3, device)[0].train(training)
-    assert_refused(module, x if x.is_meta else x.to(device), error, message)
+    assert_refused(module, on(device, x), error, message)
 
 
 def assert_refused(module, x, error, message):

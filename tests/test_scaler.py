@@ -146,3 +146,9 @@ def test_bad_shapes_raise_and_change_nothing(method, shape, device):
     with pytest.raises(ValueError, match="input has shape"):
         getattr(scaler, method)(torch.ones(shape, device=device))
     assert all(torch.equal(v, before[k]) for k, v in scaler.state_dict().items())
+
+
+def test_integers_become_floating(device):
+    x = torch.tensor([[0, 5], [2, 5]], device=device)
+    z = StandardScaler(2, device=device).partial_fit(x)(x)
+    assert torch.equal(z.cpu(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))

@@ -109,10 +109,16 @@ def batch_stats(input: Tensor, *, channel_axis: int = 1) -> tuple[Tensor, Tensor
     return mean, var, count
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")
+
+
 def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int:
     """The channel axis counted from the front, of an input that can be served."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input is a {type(input).__name__}: it must be a tensor")
+    check_tensor("input", input)
+    if input.layout != torch.strided:
+        raise TypeError(f"input is {input.layout}: it must be dense; convert it with to_dense()")
     if input.dtype not in _DTYPES:
         raise TypeError(
             f"input is {input.dtype}: it must be float16, bfloat16, float32 or float64; "
@@ -123,6 +129,8 @@ def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int
         raise ValueError(
             f"input has shape {tuple(input.shape)}: it needs a channel axis and at least one more"
         )
+    if not isinstance(channel_axis, int):
+        raise TypeError(f"channel_axis is {channel_axis!r}: it must be an int")
     if not -rank <= channel_axis < rank:
         raise ValueError(f"channel_axis is {channel_axis}: input has {rank} axes")
     axis = channel_axis % rank
@@ -135,6 +143,7 @@ def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int
 
 
 def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None:
+    check_tensor(name, tensor)
     C = input.shape[axis]
     if tensor.dim() != 1 or tensor.shape[0] != C:
         raise ValueError(
@@ -147,6 +156,7 @@ def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None
 
 
 def _check_counter(counter: Tensor, input: Tensor) -> None:
+    check_tensor("num_batches_tracked", counter)
     if counter.dtype != torch.int64:
         raise TypeError(f"num_batches_tracked is {counter.dtype}: it must be int64")
     if counter.numel() != 1:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tribn.functional import batch_norm, batch_stats, check_input
+from tribn.functional import batch_norm, batch_stats, check_input, check_tensor
 
 
 def _check_options(eps: float, momentum: float | None, channel_axis: int) -> None:
@@ -23,6 +23,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     channel_axis: int
 
     def forward(self, input: Tensor) -> Tensor:
+        check_tensor("input", input)
         self._check_input_dim(input)
         C = input.shape[self.channel_axis]
         if self.num_features != C:
@@ -134,8 +135,8 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, _Layer):
         self.channel_axis = channel_axis
 
     def initialize_parameters(self, input: Tensor) -> None:
-        self._check_input_dim(input)
         check_input(input, self.channel_axis, self.training)
+        self._check_input_dim(input)
         self.num_features = input.shape[self.channel_axis]
         if self.has_uninitialized_params():
             for tensor in (*self._parameters.values(), *self._buffers.values()):
@@ -213,17 +214,22 @@ class StandardScaler(torch.nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x - mean_) / scale_ in the dtype of x, which has shape (N, C) or (N, C, ...)."""
+        """(x - mean_) / scale_ for x of shape (N, C) or (N, C, ...).
+
+        In the dtype of x, or torch's default if x is integer.
+        """
         self._check(x)
-        return batch_norm(x.double(), self.mean_, self.scale_**2, eps=0.0).to(x.dtype)
+        z = batch_norm(x.double(), self.mean_, self.scale_**2, eps=0.0)
+        return z.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z * scale_ + mean_ in the dtype of z: undoes `forward`."""
+        """z * scale_ + mean_ in the dtype of z, which is floating: undoes `forward`."""
         self._check(z)
         shape = (-1,) + (1,) * (z.dim() - 2)
         return (z * self.scale_.view(shape) + self.mean_.view(shape)).to(z.dtype)
 
     def _check(self, x: Tensor) -> None:
+        check_tensor("input", x)
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"input has shape {tuple(x.shape)}: it must be (N, {self.num_features}) or "
