@@ -8,6 +8,7 @@ from importlib import import_module
 
 # A module of this package with a `main(argv)` that parses the rest, and its line in --help.
 COMMANDS = {
+    "bench": "time batch norm against torch eager and torch.compile",
     "demo": "measure what batch normalization claims, on handwritten digits",
 }
 

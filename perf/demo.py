@@ -14,11 +14,7 @@ numbers, favourable or not.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
-import subprocess
-import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -41,11 +36,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tribn
+from perf.figures.style import BLUE, GREEN, VERMILION, new_figure, save, tidy, title
+from perf.report import RESULTS, count, directory, environment, write
 
 Array = NDArray[np.float64]
 Results = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results"
 PIXELS, CLASSES, WIDTH, BATCH = 64, 10, 64, 128
 TEST_IMAGES = 360
 TRAINED = 0.9  # a network has trained when every seed classifies this share of the training set
@@ -419,8 +415,7 @@ def measure(data: Digits, settings: Settings, progress: Progress) -> Results:
     def arms(network: Network, rates: Array, epochs: int) -> dict[str, Run]:
         runs = {}
         for norm in ("none", "before", "after"):
-            title = f"{network.name}, batch norm: {norm}"
-            track = progress.track(range(epochs), description=title)
+            track = progress.track(range(epochs), description=f"{network.name}, batch norm: {norm}")
             runs[norm] = train(network, norm, scaled, rates, settings.seeds, track)
         return runs
 
@@ -436,8 +431,6 @@ def measure(data: Digits, settings: Settings, progress: Progress) -> Results:
 
 
 # Report
-
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito: safe for colour blindness
 
 
 def band(axes: Axes, x: Array, values: Array, color: str, label: str, style: str = "-") -> None:
@@ -496,7 +489,7 @@ PANELS = {
 
 
 def caption(report: Results) -> str:
-    settings, environment = report["settings"], report["environment"]
+    settings, taken = report["settings"], report["environment"]
     return (
         f"Identity: {report['experiments']['identity']['finding']}. "
         f"Data: 1,797 digits of 8x8 pixels, {TEST_IMAGES} of them to test on. Training: gradient "
@@ -505,53 +498,20 @@ def caption(report: Results) -> str:
         "clearly different if the ranges do not overlap. Bars at the top right: "
         f"every seed reaches {TRAINED:.0%} training accuracy in "
         f"{settings['sweep_epochs']} epochs ({SHALLOW.name}). "
-        f"tribn {environment['tribn']}, PyTorch {environment['torch']}, {environment['device']}."
+        f"tribn {taken['tribn']}, PyTorch {taken['torch']}, {taken['device']}."
     )
 
 
 def draw(report: Results, path: Path) -> None:
-    """Four panels, to be shown 800 pixels wide."""
-    figure = Figure(figsize=(8, 7.6), dpi=200, layout="constrained")
+    figure = new_figure(7.6)
     panels = figure.subplots(2, 2)
     for axes, (name, paint) in zip(panels.flat, PANELS.items(), strict=True):
         result = report["experiments"][name]
         paint(axes, result)
-        axes.set_title(textwrap.fill(result["finding"], 44), fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
+        title(axes, result["finding"], 44)
+        tidy(axes)
         axes.legend(fontsize=9, frameon=False)
-        axes.tick_params(labelsize=9)
-    figure.supxlabel(textwrap.fill(caption(report), 116), fontsize=9, x=0.01, ha="left")
-    figure.savefig(path)
-
-
-def revision() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
-def environment(device: str) -> Results:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-        "tribn": tribn.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "revision": revision(),
-    }
-
-
-def jsonable(value: Any) -> Any:
-    """What JSON can say: lists for arrays, six digits of a number, null for NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | tuple | list):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    save(figure, caption(report), path)
 
 
 def table(experiments: Results) -> Table:
@@ -562,18 +522,6 @@ def table(experiments: Results) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def count(text: str) -> int:
-        number = int(text)
-        if number < 1:
-            raise ValueError
-        return number
-
-    def directory(text: str) -> Path:
-        path = Path(text)
-        if path.exists() and not path.is_dir():
-            raise ValueError
-        return path
-
     parser = argparse.ArgumentParser(
         prog="python -m perf demo",
         description=__doc__,
@@ -602,7 +550,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     arguments = parse(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     settings = replace(QUICK if arguments.quick else Settings(), seeds=arguments.seeds)
     torch.set_num_threads(1)  # no number may depend on how many cores there are
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -615,8 +562,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seconds": time.perf_counter() - started,
         "experiments": experiments,
     }
-    text = json.dumps(jsonable(report), indent=1, allow_nan=False)
-    (arguments.out / "demo.json").write_text(text + "\n")
+    write(report, arguments.out, "demo")
     draw(report, arguments.out / "demo.png")
     console.print(table(experiments))
     console.print(f"{report['seconds']:.0f} s; {arguments.out / 'demo.json'} and demo.png")

@@ -76,7 +76,7 @@ def train(module, inputs, *plans):
 
 TILE = ("block_n", "block_c", "block_s", "splits")
 PATHS = [  # few programs: the interpreter takes milliseconds for each
-    *[(1, 1, 64, 1), (4, 1, 16, 2), (1, 8, 16, 3), (2, 4, 8, MERGE), (16, 4, 1, 2)],
+    *[(1, 1, 64, 1), (4, 1, 16, 2), (1, 8, 16, 3), (2, 8, 8, MERGE), (16, 8, 4, 2)],
     *[(1, 16, 4, 1000), (1, 16, 128, 1000)],  # one tile a split
 ]
 SHAPES = [
