@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections import Counter, deque
@@ -29,7 +30,7 @@ from rich.table import Table
 from perf.cases import DIRECTIONS, NETS, OPS, SETS, Layer, layers
 from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
 from perf.gate import DTYPES, LAYOUTS, Case, Inputs, WrongResult, check
-from perf.providers import PROVIDERS, Function
+from perf.providers import PROVIDERS
 from perf.report import RESULTS, Report, count, device_name, directory, environment, write
 
 ROUNDS, FEWEST_ROUNDS = 20, 5  # samples of each clock
@@ -53,9 +54,10 @@ def measure(case: Case, names: Sequence[str], device: str, report: Report) -> No
         try:
             function = PROVIDERS[name].build(case.layer)
             check(function, case, sets[0])
-            prepared = prepare(function, sets)
-            clocks[name] = samplers(prepared, nbytes, device)
-            calls[name] = prepared
+            on_sets = [inputs.calls(function) for inputs in sets]
+            timed = {direction: [on[direction] for on in on_sets] for direction in DIRECTIONS}
+            clocks[name] = samplers(timed, nbytes, device)
+            calls[name] = timed
         except Exception as error:  # a rival that does not run here is a result, not a failure
             report["problems"].append(problem(case, name, error))
     samples = sample(
@@ -93,17 +95,9 @@ def problem(case: Case, provider: str | None, error: Exception) -> Row:
     }
 
 
-def prepare(function: Function, sets: Sequence[Inputs]) -> dict[str, list[Call]]:
-    """By direction, the calls on every set of inputs, after whatever only the first call does."""
-    of_set = [inputs.calls(function) for inputs in sets]
-    for call in of_set[0].values():
-        call()
-    return {direction: [calls[direction] for calls in of_set] for direction in DIRECTIONS}
-
-
 def sample(samplers: dict[Key, Sampler]) -> dict[Key, list[float]]:
     """Seconds, in rounds and to and fro: what slows the machine for a while slows all providers."""
-    order = sorted(samplers)  # the providers of a direction and clock follow each other
+    order = sorted(samplers, key=lambda key: key[:2])  # providers follow each other
     samples: dict[Key, list[float]] = {key: [] for key in order}
     started = time.perf_counter()
     for number in range(ROUNDS):
@@ -207,14 +201,14 @@ def tables(report: Report) -> list[Table]:
             found[title] = Table("direction", "clock", "provider", title=title, box=SIMPLE_HEAD)
             for column in ("µs", "copy", "speed-up", "range"):
                 found[title].add_column(column, justify="right", no_wrap=True)
-        rival = row["provider"] != "tribn" and "speed_up" in row
+        ratios = []
+        if "speed_up" in row and row["provider"] != "tribn":
+            ratios = [f"{row['speed_up']:.2f}", f"{row['lowest']:.2f}–{row['highest']:.2f}"]
         found[title].add_row(
             *(row[key] for key in ("direction", "clock", "provider")),
             f"{row['us']:.1f}",
             f"{row['share_of_copy']:.0%}",
-            *[form.format(**row) for form in ("{speed_up:.2f}", "{lowest:.2f}–{highest:.2f}")][
-                : 2 * rival
-            ],
+            *ratios,
         )
     return list(found.values())
 
@@ -234,6 +228,12 @@ def show(report: Report, console: Console) -> None:
         console.print(table)
     if report["summary"]:
         console.print("speed-up: the provider's time over tribn's, geometric mean over layers")
+    launches: dict[str, set[str]] = {}
+    for row in report["kernels"]:
+        title = f"{row['provider']}, {row['dtype']}, {row['layout']}"
+        launches.setdefault(title, set()).update(row["kernels"])
+    for title, names in launches.items():
+        console.print(f"kernels of {title}: {', '.join(sorted(names))}", markup=False)
     for name, obstacle in report["unavailable"].items():
         console.print(f"{name} {obstacle}", markup=False)
     problems = Counter((row["provider"], row["problem"]) for row in report["problems"])
@@ -309,6 +309,8 @@ def parse(argv: Sequence[str] | None, device: str) -> argparse.Namespace:
     """The arguments, with `cases`, `name` of what is measured, and the providers that can run."""
     parsing = parser(device)
     arguments = parsing.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parsing.error("TRITON_INTERPRET=1 would time Triton's interpreter: unset it")
     if arguments.batch and (arguments.set or arguments.shape):
         parsing.error("--batch goes with --net: sets and shapes have theirs")
     if arguments.op and not arguments.shape:

@@ -40,9 +40,11 @@ def sets_of_inputs(nbytes: int, device: str) -> int:
 def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> dict[Any, Sampler]:
     """By (direction, clock): samplers of calls on every set of inputs, `nbytes` each.
 
-    On a GPU, current must be a stream that can be captured, and the calls must have run before.
+    On a GPU, the current stream must be one that can be captured: not the default one.
     """
     found: dict[Any, Sampler] = {}
+    for sets in calls.values():
+        sets[0]()  # compiles, loads and allocates what only a first call does
     if device == "cuda":
         pool = torch.cuda.graph_pool_handle()  # one for all: no replay needs another's results
         repeats = min(max(math.ceil(GRAPH_BYTES / nbytes), 5), 200)
