@@ -39,6 +39,7 @@ COPY = "copy"  # of the input: direction and provider of what bandwidths are com
 
 Row = dict[str, Any]
 Key = tuple[str, str, str]  # direction, clock, provider
+Calls = dict[str, dict[str, list[Call]]]  # by provider and direction, on each set of inputs
 
 
 # Measuring a case
@@ -48,7 +49,7 @@ def measure(case: Case, names: Sequence[str], device: str, report: Report) -> No
     """Adds to the report the case's rows, problems and launched kernels."""
     nbytes = case.layer.elements * case.itemsize
     sets = [Inputs.random(case, device) for _ in range(sets_of_inputs(nbytes, device))]
-    calls = {COPY: {COPY: [inputs.x.detach().clone for inputs in sets]}}
+    calls: Calls = {COPY: {COPY: [inputs.x.detach().clone for inputs in sets]}}
     clocks = {COPY: samplers(calls[COPY], nbytes, device)}
     for name in names:
         try:
@@ -135,14 +136,14 @@ def rows(case: Case, samples: dict[Key, list[float]]) -> list[Row]:
     return found
 
 
-def moved_by(case: Case, direction: str) -> float:
+def moved_by(case: Case, direction: str) -> int:
     """The fewest bytes; a copy reads and writes the input."""
     if direction == COPY:
         return 2 * case.layer.elements * case.itemsize
     return case.layer.minimum_bytes(direction, case.itemsize)
 
 
-def kernels(case: Case, calls: dict[str, dict[str, list[Call]]]) -> list[Row]:
+def kernels(case: Case, calls: Calls) -> list[Row]:
     """What each provider launches for each direction."""
     keys = {
         f"{name} {direction}": (name, direction, sets[0])
@@ -223,25 +224,25 @@ def place(row: Row) -> tuple[int, ...]:
 
 
 def show(report: Report, console: Console) -> None:
-    console.print(f"{report['cases']}: {report['path']}, {report['environment']['device']}")
-    for table in tables(report):
-        console.print(table)
+    lines = [f"{report['cases']}: {report['path']}, {report['environment']['device']}"]
     if report["summary"]:
-        console.print("speed-up: the provider's time over tribn's, geometric mean over layers")
+        lines.append("speed-up: the provider's time over tribn's, geometric mean over layers")
     launches: dict[str, set[str]] = {}
     for row in report["kernels"]:
         title = f"{row['provider']}, {row['dtype']}, {row['layout']}"
         launches.setdefault(title, set()).update(row["kernels"])
-    for title, names in launches.items():
-        console.print(f"kernels of {title}: {', '.join(sorted(names))}", markup=False)
-    for name, obstacle in report["unavailable"].items():
-        console.print(f"{name} {obstacle}", markup=False)
+    lines += [f"kernels of {title}: {', '.join(sorted(n))}" for title, n in launches.items()]
+    lines += [f"{name} {obstacle}" for name, obstacle in report["unavailable"].items()]
     problems = Counter((row["provider"], row["problem"]) for row in report["problems"])
     for (provider, text), times in problems.items():
-        console.print(f"{provider or 'inputs'}, {times} cases not timed: {text}", markup=False)
+        lines.append(f"not timed ({times}×): {provider or 'inputs'}: {text}")
     for layer in report["left_out"]:
         sizes = "x".join(map(str, layer["shape"]))
-        console.print(f"not reached in time: {layer['op']} {sizes} {layer['layout']}")
+        lines.append(f"not reached in time: {layer['op']} {sizes} {layer['layout']}")
+    for table in tables(report):
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 # Command line
@@ -263,12 +264,22 @@ def parser(device: str) -> argparse.ArgumentParser:
     )
     on_gpu = device == "cuda"
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--net", choices=NETS, help="layers of a network (resnet50)")
-    what.add_argument("--set", choices=SETS, help="a named set of shapes")
+    for option, named, text in (
+        ("--net", NETS, "layers of a network (resnet50)"),
+        ("--set", SETS, "shapes of a kind"),
+    ):
+        what.add_argument(
+            option, choices=named, metavar="NAME", help=f"{text}: of {', '.join(named)}"
+        )
     what.add_argument(
-        "--shape", type=shape, metavar="NxC[x...]", help="two values a channel, as in 128x256x56x56"
+        "--shape",
+        type=shape,
+        metavar="NxC[x...]",
+        help="one input, as 128x256x56x56; at least two values a channel",
     )
-    parser.add_argument("--op", choices=OPS, help="what follows with --shape (bn: nothing)")
+    parser.add_argument(
+        "--op", choices=OPS, metavar="NAME", help=f"with --shape: of {', '.join(OPS)} (bn)"
+    )
     parser.add_argument(
         "--batch",
         type=count,
@@ -393,6 +404,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = device_name(device) if device == "cuda" else "cpu"
     path = write(report, arguments.out, f"bench-{where}-{arguments.name}")
     show(report, console)
-    console.print(str(path))
+    console.print(str(path), soft_wrap=True)
     if interrupted:
         sys.exit("interrupted")

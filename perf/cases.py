@@ -31,7 +31,7 @@ class Layer:
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    def minimum_bytes(self, direction: str, itemsize: int) -> float:
+    def minimum_bytes(self, direction: str, itemsize: int) -> int:
         """What must move if every tensor is read or written once.
 
         Forward and eval: input, residual, output. Backward: input, and the gradients of output,
@@ -45,7 +45,7 @@ class Layer:
             "eval": tensors * itemsize,
         }
         counts["both"] = counts["forward"] + counts["backward"]
-        return counts[direction] * self.elements
+        return math.ceil(counts[direction] * self.elements)
 
     def __str__(self) -> str:
         return "x".join(map(str, self.shape))

@@ -43,9 +43,9 @@ def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> d
     On a GPU, the current stream must be one that can be captured: not the default one.
     """
     found: dict[Any, Sampler] = {}
-    for sets in calls.values():
-        sets[0]()  # compiles, loads and allocates what only a first call does
     if device == "cuda":
+        for sets in calls.values():
+            sets[0]()  # what only a first call does cannot be captured
         pool = torch.cuda.graph_pool_handle()  # one for all: no replay needs another's results
         repeats = min(max(math.ceil(GRAPH_BYTES / nbytes), 5), 200)
         for direction, sets in calls.items():
