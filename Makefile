@@ -37,6 +37,7 @@ gpu:  ## test and benchmark on a GPU with the packages of PYTHON; results go to 
 	@mkdir -p "$$OUT"
 	$(PYTHON) -m pytest --junitxml="$$OUT/tests.xml"
 	$(PYTHON) -m perf bench --out "$$OUT"
+	$(PYTHON) -m perf plot --out "$$OUT" "$$OUT"/bench-*.json
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -8,7 +8,8 @@ from importlib import import_module
 
 # A module of this package with a `main(argv)` that parses the rest, and its line in --help.
 COMMANDS = {
-    "bench": "time batch norm against torch eager and torch.compile",
+    "bench": "time batch norm layers of tribn and its rivals",
+    "plot": "draw the results of other commands, from their JSON files",
     "demo": "measure what batch normalization claims, on handwritten digits",
 }
 

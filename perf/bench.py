@@ -1,288 +1,409 @@
-"""Times batch norm in training and evaluation: tribn, torch eager and torch.compile.
+"""Times batch norm layers: tribn beside its rivals, on the same inputs, in one process, in turn.
 
-All providers run on the same inputs in one process, in turn. One whose results are not as accurate
-as torch eager's is reported as wrong and not timed. Bandwidth is the fewest bytes the operation can
-move (forward and eval: input and output; backward: input, two gradients) over the time.
-
-On a GPU the clocks are `cold` and `hot`: CUDA graph replays over inputs that do not, or do, fit the
-L2 cache together. `wall` is the eager call, host included; without a GPU it is the only one, and
-what is timed is the CPU path.
+A provider whose results are not those of float64 is reported as wrong and not timed. There are
+three clocks, never mixed: kernels with a cold L2 cache, kernels with a hot one, and the call in
+Python, host included. Without a GPU it times the CPU path against torch's, by the last of them,
+and says so in file, table and plot. perf/README.md tells how to read a row.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from statistics import mean, median, quantiles
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from statistics import median, quantiles
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
-import tribn
-from perf.cases import NETS
-from perf.environment import RESULTS, environment
+from perf.cases import DIRECTIONS, NETS, OPS, SETS, Layer, layers
+from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
+from perf.gate import DTYPES, LAYOUTS, Case, Inputs, WrongResult, check
+from perf.providers import PROVIDERS
+from perf.report import RESULTS, Report, count, device_name, directory, environment, write
 
-Function = Callable[..., Tensor]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PASSES = {"forward": 2, "backward": 3, "eval": 2}  # tensors read and written
-ROUNDS = 15  # samples of each clock
-ALLOWED = 4  # errors, in units of torch eager's, before a provider counts as wrong
+ROUNDS, FEWEST_ROUNDS = 20, 5  # samples of each clock
+PATIENCE = 10.0  # seconds of sampling, after which the fewest are enough
+COPY = "copy"  # of the input: direction and provider of what bandwidths are compared with
+
+Row = dict[str, Any]
+Key = tuple[str, str, str]  # direction, clock, provider
+Calls = dict[str, dict[str, list[Call]]]  # by provider and direction, on each set of inputs
 
 
-def providers() -> dict[str, Function]:
-    def compiled(*args: Any) -> Tensor:
-        return F.batch_norm(*args)
+# Measuring a case
 
-    torch._dynamo.reset()  # or a new shape would count as a recompilation
-    torch._functorch.config.donated_buffer = False  # so that backward can be timed many times
+
+def measure(case: Case, names: Sequence[str], device: str, report: Report) -> None:
+    """Adds to the report the case's rows, problems and launched kernels."""
+    nbytes = case.layer.elements * case.itemsize
+    sets = [Inputs.random(case, device) for _ in range(sets_of_inputs(nbytes, device))]
+    calls: Calls = {COPY: {COPY: [inputs.x.detach().clone for inputs in sets]}}
+    clocks = {COPY: samplers(calls[COPY], nbytes, device)}
+    for name in names:
+        try:
+            function = PROVIDERS[name].build(case.layer)
+            check(function, case, sets[0])
+            on_sets = [inputs.calls(function) for inputs in sets]
+            timed = {direction: [on[direction] for on in on_sets] for direction in DIRECTIONS}
+            clocks[name] = samplers(timed, nbytes, device)
+            calls[name] = timed
+        except Exception as error:  # a rival that does not run here is a result, not a failure
+            report["problems"].append(problem(case, name, error))
+    samples = sample(
+        {
+            (direction, clock, name): sampler
+            for name, of_provider in clocks.items()
+            for (direction, clock), sampler in of_provider.items()
+        }
+    )
+    report["rows"] += rows(case, samples)
+    if device == "cuda":
+        report["kernels"] += kernels(case, calls)
+
+
+def labels(case: Case) -> Row:
+    layer = case.layer
     return {
-        "tribn": tribn.functional.batch_norm,
-        "eager": F.batch_norm,
-        "compile": torch.compile(compiled, dynamic=False, fullgraph=True),
+        "op": layer.op,
+        "shape": layer.shape,
+        "count": layer.count,
+        "layout": case.layout,
+        "dtype": case.dtype,
     }
 
 
-class Inputs:
-    """One layer's tensors, and a call of each operation on them."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str) -> None:
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        C = shape[1]
-        x = torch.randn(shape, device=device) * 2 + 3
-        self.x = x.to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-        self.dy = torch.randn_like(self.x)
-        self.weight = torch.rand(C, device=device).requires_grad_()
-        self.bias = torch.randn(C, device=device).requires_grad_()
-        self.running = torch.zeros(C, device=device), torch.ones(C, device=device)
-
-    def forward(self, function: Function, running: Sequence[Tensor]) -> Tensor:
-        return function(self.x, *running, self.weight, self.bias, True)
-
-    def calls(self, function: Function) -> dict[str, Callable[[], Any]]:
-        # Statistics of its own: eager's backward refuses those that a later forward has changed.
-        y = self.forward(function, [t.clone() for t in self.running])
-        leaves = self.x, self.weight, self.bias
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return self.forward(function, self.running)
-
-        def backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(y, leaves, self.dy, retain_graph=True)
-
-        def evaluate() -> Tensor:
-            with torch.no_grad():
-                return function(self.x, *self.running, self.weight, self.bias, False)
-
-        return {"forward": forward, "backward": backward, "eval": evaluate}
+def problem(case: Case, provider: str | None, error: Exception) -> Row:
+    """Of a provider, or if None of the case's inputs."""
+    text = str(error).strip().partition("\n")[0]
+    wrong = isinstance(error, WrongResult)
+    return {
+        **labels(case),
+        "provider": provider,
+        "wrong": wrong,
+        "problem": text if wrong else f"{type(error).__name__}: {text}",
+    }
 
 
-def errors(function: Function, inputs: Inputs) -> list[float]:
-    """Largest errors of output and gradients against float64."""
-    leaves = inputs.x, inputs.weight, inputs.bias
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    y64 = F.batch_norm(exact[0], None, None, exact[1], exact[2], True)
-    expected = [y64, *torch.autograd.grad(y64, exact, inputs.dy.double())]
-    y = inputs.forward(function, inputs.running)
-    actual = [y, *torch.autograd.grad(y, leaves, inputs.dy)]
-    return [(a.double() - e).abs().max().item() for a, e in zip(actual, expected, strict=True)]
-
-
-def accurate(candidate: Sequence[float], eager: Sequence[float]) -> bool:
-    """Whether no error is more than a few times torch eager's; NaN is."""
-    return all(c <= ALLOWED * e + 1e-12 for c, e in zip(candidate, eager, strict=True))
-
-
-def wall(call: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, host and device."""
+def sample(samplers: dict[Key, Sampler]) -> dict[Key, list[float]]:
+    """Seconds, in rounds and to and fro: what slows the machine for a while slows all providers."""
+    order = sorted(samplers, key=lambda key: key[:2])  # providers follow each other
+    samples: dict[Key, list[float]] = {key: [] for key in order}
     started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    for number in range(ROUNDS):
+        if number >= FEWEST_ROUNDS and time.perf_counter() - started > PATIENCE:
+            break
+        for key in order:
+            samples[key].append(samplers[key]())
+        order.reverse()
+    return samples
 
 
-class Replay:
-    """A CUDA graph of some calls, one after another."""
-
-    def __init__(self, calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> None:
-        self.count = len(calls)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.results = [call() for call in calls]  # kept: their memory belongs to the graph
-
-    def __call__(self) -> float:
-        """Seconds of one call in a replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self.count
-
-
-def clocks(
-    function: Function, sets: Sequence[Inputs], device: str
-) -> dict[tuple[str, str], Callable[[], float]]:
-    """What to sample, by operation and clock, for a provider on several sets of inputs."""
-    if device == "cpu":
-        calls = sets[0].calls(function)
-        return {(op, "wall"): lambda call=call: wall(call, device) for op, call in calls.items()}
-    samplers: dict[tuple[str, str], Callable[[], float]] = {}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # backward runs on the stream of its forward
-        per_set = [inputs.calls(function) for inputs in sets]
-        for calls in per_set:
-            for call in calls.values():
-                call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    for op in PASSES:
-        samplers[op, "cold"] = Replay([calls[op] for calls in per_set], stream)
-        samplers[op, "hot"] = Replay([per_set[0][op]] * 10, stream)
-        samplers[op, "wall"] = lambda call=per_set[0][op]: wall(call, device)
-    return samplers
-
-
-def copy_bandwidth(like: Tensor) -> float:
-    """Bytes a second, read and written, of a copy of a tensor; best of several."""
-    source, target = torch.empty_like(like).normal_(), torch.empty_like(like)
-    device = like.device.type
-    seconds = min(wall(lambda: target.copy_(source), device) for _ in range(ROUNDS))
-    return 2 * like.nbytes / seconds
-
-
-def measure(
-    shape: tuple[int, ...], dtype: torch.dtype, last: bool, device: str
-) -> list[dict[str, Any]]:
-    """A row for each operation, clock and provider."""
-    size = math.prod(shape) * dtype.itemsize
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-    sets = [Inputs(shape, dtype, last, device) for _ in range(1 + -(-3 * l2 // size))]
-    samplers, rows = {}, []
-    labels = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "channels_last": last}
-    eager = errors(F.batch_norm, sets[0])
-    for name, function in providers().items():
-        try:
-            if accurate(errors(function, sets[0]), eager):
-                samplers[name] = clocks(function, sets, device)
-                continue
-            problem = "wrong"
-        except Exception as error:  # a rival that does not run here is a result, not a failure
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        rows.append({**labels, "provider": name, "problem": problem})
-    samples: dict[tuple[str, str, str], list[float]] = {}
-    for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine slows all
-        for name, sampled in samplers.items():
-            for (op, clock), sample in sampled.items():
-                samples.setdefault((op, clock, name), []).append(sample())
-    copied = copy_bandwidth(sets[0].x.detach())
-    for (op, clock, name), seconds in samples.items():
-        low, _, high = quantiles(seconds, n=4)
-        bandwidth = PASSES[op] * size / median(seconds)
-        rows.append(
+def rows(case: Case, samples: dict[Key, list[float]]) -> list[Row]:
+    medians = {key: median(seconds) for key, seconds in samples.items()}
+    copied = moved_by(case, COPY)
+    found = []
+    for (direction, clock, name), seconds in samples.items():
+        low, middle, high = quantiles(seconds, n=4, method="inclusive")
+        moved = moved_by(case, direction)
+        own = medians.get((direction, clock, "tribn"))
+        found.append(
             {
-                **labels,
-                "op": op,
+                **labels(case),
+                "direction": direction,
                 "clock": clock,
                 "provider": name,
-                "us": median(seconds) * 1e6,
-                "quartiles_us": [low * 1e6, high * 1e6],
-                "TB/s": bandwidth / 1e12,
-                "share_of_copy": bandwidth / copied,
+                "us": middle * 1e6,
+                "quartiles_us": (low * 1e6, high * 1e6),
+                "samples": len(seconds),
+                "bytes": moved,
+                "TB/s": moved / middle / 1e12,
+                "share_of_copy": moved / middle / (copied / medians[COPY, clock, COPY]),
+                "times_tribn": middle / own if own else None,
             }
         )
-    return rows
+    return found
 
 
-def speed_ups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], float]:
-    """Geometric mean over layers of a rival's time over tribn's, by (op, clock, rival)."""
-    timed = [row for row in rows if "us" in row]
-    own = {layer(row): row["us"] for row in timed if row["provider"] == "tribn"}
-    logs: dict[tuple[str, str, str], list[float]] = {}
-    for row in timed:
-        if row["provider"] != "tribn" and layer(row) in own:
-            key = row["op"], row["clock"], row["provider"]
-            ratio = math.log(row["us"] / own[layer(row)])
-            logs.setdefault(key, []).extend([ratio] * row["count"])
-    return {key: math.exp(mean(ratios)) for key, ratios in logs.items()}
+def moved_by(case: Case, direction: str) -> int:
+    """The fewest bytes; a copy reads and writes the input."""
+    if direction == COPY:
+        return 2 * case.layer.elements * case.itemsize
+    return case.layer.minimum_bytes(direction, case.itemsize)
 
 
-def layer(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What rows of different providers have in common."""
-    return tuple(str(row[key]) for key in ("shape", "dtype", "channels_last", "op", "clock"))
+def kernels(case: Case, calls: Calls) -> list[Row]:
+    """What each provider launches for each direction."""
+    keys = {
+        f"{name} {direction}": (name, direction, sets[0])
+        for name, of_provider in calls.items()
+        for direction, sets in of_provider.items()
+    }
+    found = launched({label: call for label, (_, _, call) in keys.items()})
+    return [
+        {**labels(case), "provider": name, "direction": direction, "kernels": found[label]}
+        for label, (name, direction, _) in keys.items()
+    ]
 
 
-def parse(argv: Sequence[str] | None, device: str) -> argparse.Namespace:
+# Summary
+
+
+def summarize(rows: Iterable[Row]) -> list[Row]:
+    """Each provider over all layers it was timed on, each counted as often as it occurs.
+
+    `us` and `share_of_copy` are of all layers one after another; `speed_up`, `lowest` and `highest`
+    are the geometric mean and the extremes of the provider's time over tribn's.
+    """
+    keys = "dtype", "layout", "direction", "clock", "provider"
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["direction"] != COPY:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [dict(zip(keys, key, strict=True)) | summary(group) for key, group in groups.items()]
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    us = sum(row["count"] * row["us"] for row in rows)
+    found = {
+        "layers": sum(row["count"] for row in rows),
+        "us": us,
+        "share_of_copy": sum(row["count"] * row["us"] * row["share_of_copy"] for row in rows) / us,
+    }
+    if ratios := [(row["times_tribn"], row["count"]) for row in rows if row["times_tribn"]]:
+        found["speed_up"] = geometric_mean(ratios)
+        found["lowest"], found["highest"] = min(ratios)[0], max(ratios)[0]
+    return found
+
+
+def geometric_mean(weighted: Sequence[tuple[float, int]]) -> float:
+    """Of (value, weight)."""
+    total = sum(weight for _, weight in weighted)
+    return math.exp(sum(math.log(value) * weight for value, weight in weighted) / total)
+
+
+def tables(report: Report) -> list[Table]:
+    """The summary, a table for each dtype and layout."""
+    found: dict[str, Table] = {}
+    for row in sorted(report["summary"], key=place):
+        title = f"{row['dtype']}, {row['layout']}"
+        if title not in found:
+            found[title] = Table("direction", "clock", "provider", title=title, box=SIMPLE_HEAD)
+            for column in ("µs", "copy", "speed-up", "range"):
+                found[title].add_column(column, justify="right", no_wrap=True)
+        ratios = []
+        if "speed_up" in row and row["provider"] != "tribn":
+            ratios = [f"{row['speed_up']:.2f}", f"{row['lowest']:.2f}–{row['highest']:.2f}"]
+        found[title].add_row(
+            *(row[key] for key in ("direction", "clock", "provider")),
+            f"{row['us']:.1f}",
+            f"{row['share_of_copy']:.0%}",
+            *ratios,
+        )
+    return list(found.values())
+
+
+def place(row: Row) -> tuple[int, ...]:
+    """Directions and clocks in their usual order; providers as listed."""
+    return (
+        DIRECTIONS.index(row["direction"]),
+        CLOCKS.index(row["clock"]),
+        list(PROVIDERS).index(row["provider"]),
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    lines = [f"{report['cases']}: {report['path']}, {report['environment']['device']}"]
+    if report["summary"]:
+        lines.append("speed-up: the provider's time over tribn's, geometric mean over layers")
+    launches: dict[str, set[str]] = {}
+    for row in report["kernels"]:
+        title = f"{row['provider']}, {row['dtype']}, {row['layout']}"
+        launches.setdefault(title, set()).update(row["kernels"])
+    lines += [f"kernels of {title}: {', '.join(sorted(n))}" for title, n in launches.items()]
+    lines += [f"{name} {obstacle}" for name, obstacle in report["unavailable"].items()]
+    problems = Counter((row["provider"], row["problem"]) for row in report["problems"])
+    for (provider, text), times in problems.items():
+        lines.append(f"not timed ({times}×): {provider or 'inputs'}: {text}")
+    for layer in report["left_out"]:
+        sizes = "x".join(map(str, layer["shape"]))
+        lines.append(f"not reached in time: {layer['op']} {sizes} {layer['layout']}")
+    for table in tables(report):
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+# Command line
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """As in 128x256x56x56, for argparse."""
+    sizes = tuple(map(count, text.split("x")))
+    if len(sizes) < 2 or math.prod(sizes) == sizes[1]:
+        raise ValueError
+    return sizes
+
+
+def parser(device: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m perf bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    batch = 128 if device == "cuda" else 2
-    parser.add_argument("--net", choices=NETS, default="resnet50")
-    parser.add_argument("--batch", type=int, default=batch, help="images (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
-    parser.add_argument(
-        "--seconds", type=float, default=240, help="start no layer after so long (%(default)s)"
+    on_gpu = device == "cuda"
+    what = parser.add_mutually_exclusive_group()
+    for option, named, text in (
+        ("--net", NETS, "layers of a network (resnet50)"),
+        ("--set", SETS, "shapes of a kind"),
+    ):
+        what.add_argument(
+            option, choices=named, metavar="NAME", help=f"{text}: of {', '.join(named)}"
+        )
+    what.add_argument(
+        "--shape",
+        type=shape,
+        metavar="NxC[x...]",
+        help="one input, as 128x256x56x56; at least two values a channel",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    arguments = parser.parse_args(argv)
-    if arguments.batch < 1:
-        parser.error(f"--batch is {arguments.batch}: it must be at least 1")
+    parser.add_argument(
+        "--op", choices=OPS, metavar="NAME", help=f"with --shape: of {', '.join(OPS)} (bn)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        metavar="N",
+        help=f"images, with --net ({'the usual for each' if on_gpu else '2'})",
+    )
+    for option, choices, default in (
+        ("--providers", [*PROVIDERS, "all"], ["tribn", "eager", *["compile"] * on_gpu]),
+        ("--layouts", LAYOUTS, list(LAYOUTS)),
+        ("--dtypes", DTYPES, ["bf16" if on_gpu else "fp32"]),
+    ):
+        parser.add_argument(
+            option,
+            nargs="+",
+            choices=choices,
+            default=default,
+            metavar="NAME",
+            help=f"of {', '.join(choices)} ({' '.join(default)})",
+        )
+    parser.add_argument(
+        "--seconds",
+        type=count,
+        default=200,
+        metavar="N",
+        help="start no further layer after so long (%(default)s); the largest come first",
+    )
+    parser.add_argument(
+        "--out",
+        type=directory,
+        default=RESULTS,
+        metavar="DIR",
+        help="where the JSON file goes (perf/results)",
+    )
+    return parser
+
+
+def parse(argv: Sequence[str] | None, device: str) -> argparse.Namespace:
+    """The arguments, with `cases`, `name` of what is measured, and the providers that can run."""
+    parsing = parser(device)
+    arguments = parsing.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parsing.error("TRITON_INTERPRET=1 would time Triton's interpreter: unset it")
+    if arguments.batch and (arguments.set or arguments.shape):
+        parsing.error("--batch goes with --net: sets and shapes have theirs")
+    if arguments.op and not arguments.shape:
+        parsing.error("--op goes with --shape: networks and sets have theirs")
+    if arguments.shape:
+        chosen = [replace(OPS[arguments.op or "bn"], shape=arguments.shape, count=1)]
+        arguments.name = f"{chosen[0].op} {chosen[0]}"
+    else:
+        arguments.name = arguments.set or arguments.net or "resnet50"
+        usual = None if device == "cuda" else 2
+        chosen = layers(arguments.name, arguments.batch or usual)
+    arguments.cases = cases(chosen, arguments.layouts, arguments.dtypes)
+    everyone = "all" in arguments.providers
+    named = list(dict.fromkeys(PROVIDERS if everyone else arguments.providers))
+    found = {name: PROVIDERS[name].obstacle(device) for name in named}
+    arguments.unavailable = {name: obstacle for name, obstacle in found.items() if obstacle}
+    arguments.providers = [name for name in named if name not in arguments.unavailable]
+    if arguments.unavailable and not everyone:
+        parsing.error("; ".join(f"{name} {why}" for name, why in arguments.unavailable.items()))
     return arguments
+
+
+def cases(chosen: Iterable[Layer], layouts: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
+    """Layers that move most of a network's bytes first; (N, C) has only one layout."""
+    by_size = sorted(chosen, key=lambda layer: -layer.elements * layer.count)
+    return [
+        Case(layer, layout, dtype)
+        for layer, layout, dtype in product(by_size, dict.fromkeys(layouts), dict.fromkeys(dtypes))
+        if len(layer.shape) > 2 or layout == layouts[0]
+    ]
+
+
+def run(
+    pending: deque[Case],
+    arguments: argparse.Namespace,
+    device: str,
+    report: Report,
+    console: Console,
+) -> None:
+    """Measures the pending cases, as far as the time allows."""
+    deadline = time.perf_counter() + arguments.seconds
+    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+    with stream, Progress(console=console) as progress:
+        task = progress.add_task("", total=len(pending))
+        while pending and time.perf_counter() < deadline:
+            case = pending[0]
+            progress.update(task, description=str(case))
+            try:
+                measure(case, arguments.providers, device, report)
+            except Exception as error:  # the cases before it are worth their file
+                report["problems"].append(problem(case, None, error))
+            pending.popleft()
+            progress.advance(task)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = parse(argv, device)
-    console = Console()
-    started = time.perf_counter()
-    layers = [(layer, last) for layer in NETS[arguments.net] for last in (False, True)]
-    rows: list[dict[str, Any]] = []
-    left_out = []
-    with Progress(console=console) as progress:
-        for (count, *chw), last in progress.track(layers, description=arguments.net):
-            shape = (arguments.batch, *chw)
-            if time.perf_counter() - started > arguments.seconds:
-                left_out.append({"shape": shape, "channels_last": last})
-                continue
-            measured = measure(shape, DTYPES[arguments.dtype], last, device)
-            rows += [{"count": count, **row} for row in measured]
-    means = speed_ups(rows)
-    report = {
+    pending = deque(arguments.cases)
+    report: Report = {
+        "command": "bench",
+        "path": "GPU" if device == "cuda" else "CPU path, no GPU",
         "environment": environment(device),
-        "clock": "GPU" if device == "cuda" else "CPU path, no GPU",
-        "rows": rows,
-        "left_out": left_out,
-        "speed_up": [
-            {"op": op, "clock": clock, "over": rival, "times": value}
-            for (op, clock, rival), value in means.items()
-        ],
+        "cases": arguments.name,
+        "providers": arguments.providers,
+        "unavailable": arguments.unavailable,
+        "threads": torch.get_num_threads(),
+        "rows": [],
+        "kernels": [],
+        "problems": [],
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name().replace(" ", "-") if device == "cuda" else "cpu"
-    path = arguments.out / f"bench-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    table = Table(
-        "op", "clock", "rival's time over tribn's", "rival", title=report["environment"]["device"]
-    )
-    for (op, clock, rival), value in means.items():
-        table.add_row(op, clock, f"{value:.2f}", rival)
-    console.print(table)
-    for row in rows:
-        if "problem" in row:
-            console.print(f"{row['provider']} {row['shape']}: {row['problem']}")
-    if left_out:
-        console.print(f"not reached in {arguments.seconds:.0f} s: {len(left_out)} layers")
-    console.print(f"{report['clock']}; {path}")
+    console = Console()
+    interrupted = False
+    try:
+        run(pending, arguments, device, report, console)
+    except KeyboardInterrupt:
+        interrupted = True
+    report["left_out"] = [labels(case) for case in pending]
+    report["summary"] = summarize(report["rows"])
+    where = device_name(device) if device == "cuda" else "cpu"
+    path = write(report, arguments.out, f"bench-{where}-{arguments.name}")
+    show(report, console)
+    console.print(str(path), soft_wrap=True)
+    if interrupted:
+        sys.exit("interrupted")

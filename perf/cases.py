@@ -5,9 +5,12 @@ Sources: the papers' tables, for images of 224x224 pixels where they have a fixe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+
+DIRECTIONS = ("forward", "backward", "both", "eval")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,26 @@ class Layer:
     def op(self) -> str:
         """As in "bn", "bn_relu" or "bn_add_relu"."""
         return "_".join(["bn", *["add"] * self.residual, *filter(None, [self.activation])])
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def minimum_bytes(self, direction: str, itemsize: int) -> int:
+        """What must move if every tensor is read or written once.
+
+        Forward and eval: input, residual, output. Backward: input, and the gradients of output,
+        input and residual. With a residual, forward keeps a bit per element for backward: where
+        the activation was cut off.
+        """
+        tensors, mask = 2 + self.residual, self.residual / 8
+        counts = {
+            "forward": tensors * itemsize + mask,
+            "backward": (tensors + 1) * itemsize + mask,
+            "eval": tensors * itemsize,
+        }
+        counts["both"] = counts["forward"] + counts["backward"]
+        return math.ceil(counts[direction] * self.elements)
 
     def __str__(self) -> str:
         return "x".join(map(str, self.shape))
@@ -160,6 +183,14 @@ SETS: dict[str, list[Layer]] = {
         Layer((n, c, side, side), "relu")
         for n, (c, side) in product((1, 8, 32), ((64, 56), (256, 14), (512, 7)))
     ],
+}
+
+
+# Layers by op, of every kind that occurs above.
+OPS = {
+    layer.op: layer
+    for known in (*(build(usual) for usual, build in NETS.values()), *SETS.values())
+    for layer in known
 }
 
 
