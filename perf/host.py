@@ -81,7 +81,7 @@ def no_launches() -> Iterator[None]:
 def kernels_on_cpu() -> Iterator[None]:
     """Tensors of a CPU run tribn's kernels, without their launches."""
     with torch.library._scoped_library("tribn", "IMPL") as library, no_launches():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # of an override, which is what is wanted
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in kernels.__all__:
                 library.impl(name, ops._kernel(name), "CPU", allow_override=True)
@@ -165,7 +165,7 @@ def rows(samples: dict[Key, list[float]], device: str) -> list[Row]:
 
 
 def table(report: Report) -> Table:
-    found = Table("op", "direction", "batch norm from", "layer", box=SIMPLE_HEAD)
+    found = Table("op", "direction", "provider", "layer", box=SIMPLE_HEAD)
     for column in ("own µs", "total µs", "quartiles"):
         found.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:

@@ -132,16 +132,24 @@ def peak(call: Callable[[], Any]) -> int:
 
 
 def measure(
-    name: str, shape: tuple[int, ...], steps: int, device: str, advance: Callable[[], None]
+    name: str,
+    shape: tuple[int, ...],
+    providers: Sequence[str],
+    steps: int,
+    device: str,
+    advance: Callable[[], None],
 ) -> tuple[list[Row], list[Row]]:
-    """Rows and problems of a network; calls `advance` after each check and each round."""
+    """Rows and problems of a network; `advance` is called after each check and each round.
+
+    The first provider, eager, is what the others are compared with.
+    """
     torch._dynamo.reset()  # or the networks together would exceed its limit of compilations
     amp = device == "cuda"
     expected: dict[str, Tensor] = {}
     calls: dict[str, Callable[[], Any]] = {}
     peaks: dict[str, int | None] = {}
     problems = []
-    for provider in PROVIDERS:
+    for provider in providers:
         held = torch.cuda.memory_allocated()  # by other providers
         try:
             training = Training(NETWORKS[name], provider, shape, device)
@@ -218,15 +226,16 @@ def problem(name: str, shape: tuple[int, ...], provider: str | None, error: Exce
 
 
 def table(report: Report) -> Table:
-    found = Table("network", "inputs", "batch norm from", box=SIMPLE_HEAD)
+    inputs = {row["net"]: "x".join(map(str, row["shape"])) for row in report["rows"]}
+    found = Table("network", "provider", box=SIMPLE_HEAD, caption_justify="left")
+    found.caption = "inputs: " + ", ".join(f"{net} {shape}" for net, shape in inputs.items())
     for column in ("a second", "quartiles", "over eager", "peak MB"):
         found.add_column(column, justify="right", no_wrap=True)
     for row in report["rows"]:
         found.add_row(
             row["net"],
-            "x".join(map(str, row["shape"])),
             row["provider"],
-            number(row["per_second"]),
+            f"{number(row['per_second'])} {row['unit']}",
             "–".join(map(number, row["quartiles_per_second"])),
             f"{row['over_eager']:.2f}",
             f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "",
@@ -239,7 +248,8 @@ def number(value: float) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with `shapes`: that of the inputs by network."""
+    """The arguments, with `shapes`: that of the inputs, by network."""
+    rivals = [name for name in PROVIDERS if name != "eager"]
     parser = argparse.ArgumentParser(
         prog="python -m perf step",
         description=__doc__,
@@ -252,6 +262,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=list(NETWORKS),
         metavar="NAME",
         help=f"of {', '.join(NETWORKS)} (all)",
+    )
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=rivals,
+        metavar="NAME",
+        help=f"besides eager, of {', '.join(rivals)} (both; on a CPU, where compile takes minutes "
+        "before its first step, tribn)",
     )
     parser.add_argument("--batch", type=count, metavar="N", help="inputs of a step")
     parser.add_argument(
@@ -274,6 +292,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where the JSON file goes (perf/results)",
     )
     arguments = parser.parse_args(argv)
+    chosen = arguments.providers or (rivals if arguments.device == "cuda" else ["tribn"])
+    arguments.providers = ["eager", *(name for name in rivals if name in chosen)]
     arguments.shapes = {}
     for name in dict.fromkeys(arguments.net):
         network = NETWORKS[name]
@@ -308,12 +328,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         Progress(console=console) as progress,
         torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False),
     ):
-        rounds = len(PROVIDERS) + arguments.steps
+        rounds = len(arguments.providers) + arguments.steps
         tasks = {name: progress.add_task(name, total=rounds) for name in arguments.shapes}
         for name, shape in arguments.shapes.items():
             advance = partial(progress.advance, tasks[name])
             try:
-                found = measure(name, shape, arguments.steps, arguments.device, advance)
+                found = measure(
+                    name, shape, arguments.providers, arguments.steps, arguments.device, advance
+                )
             except Exception as error:  # the networks before it are worth their file
                 found = [], [problem(name, shape, None, error)]
             report["rows"] += found[0]
