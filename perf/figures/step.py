@@ -47,6 +47,7 @@ def figure(report: Row) -> Figure:
         bars(panel, nets, rows, value, label)
         title(panel, text, 80 // len(panels))
         tidy(panel)
+        panel.margins(x=0.35 * len(panels))  # for the labels
         panel.set_xlabel("times torch eager", fontsize=9)
     axes[0].set_yticks(range(len(nets)), nets)
     axes[0].invert_yaxis()
@@ -66,14 +67,15 @@ def bars(
     providers = [name for name in COLORS if any(row["provider"] == name for row in rows)]
     for place, provider in enumerate(providers):
         own = [row for row in rows if row["provider"] == provider]
-        heights = [nets.index(row["net"]) + (place - 1) * HEIGHT for row in own]
+        heights = [
+            nets.index(row["net"]) + (place - (len(providers) - 1) / 2) * HEIGHT for row in own
+        ]
         values = [value(row) if "ms" in row else 0.0 for row in own]
         texts = [
             label(row) if "ms" in row else "wrong" if row["wrong"] else "failed" for row in own
         ]
         drawn = axes.barh(heights, values, HEIGHT, color=COLORS[provider], label=NAMES[provider])
         axes.bar_label(drawn, texts, padding=3, fontsize=8)
-    axes.margins(x=0.7)
 
 
 def number(value: float) -> str:
