@@ -11,6 +11,8 @@ COMMANDS = {
     "bench": "time batch norm layers of tribn and its rivals",
     "plot": "draw the results of other commands, from their JSON files",
     "demo": "measure what batch normalization claims, on handwritten digits",
+    "host": "microseconds of Python and dispatcher in a call, layer by layer",
+    "step": "time training steps of whole networks against torch eager and torch.compile",
 }
 
 
