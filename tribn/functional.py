@@ -163,6 +163,21 @@ def batch_stats(
     return mean, var, count
 
 
+def merge_stats(
+    mean: Tensor, var: Tensor, count: Tensor, new_mean: Tensor, new_var: Tensor, new_count: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics, as `batch_stats` gives them, of two sets together.
+
+    Reference: Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance: Analysis and
+    Recommendations", 1983.
+    """
+    total = count + new_count
+    share = new_count.to(mean.dtype) / total.clamp(min=1)
+    delta = new_mean - mean
+    merged = var * (1 - share) + new_var * share + delta**2 * share * (1 - share)
+    return mean + delta * share, merged, total
+
+
 def _computing_again() -> bool:
     """Whether this runs inside a backward pass, where checkpointing repeats a forward."""
     if torch.compiler.is_compiling():

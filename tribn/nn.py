@@ -19,6 +19,7 @@ from tribn.functional import (
     check_number,
     check_options,
     check_tensor,
+    merge_stats,
 )
 
 
@@ -37,7 +38,9 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
             setattr(module, name, old.to(new.device))
 
 
-class _Layer(torch.nn.modules.batchnorm._BatchNorm):
+class Layer(torch.nn.modules.batchnorm._BatchNorm):
+    """What all batch norm layers have in common."""
+
     channel_axis: int
     activation: Activation
     order: str
@@ -170,7 +173,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         )
 
 
-class _BatchNorm(_Layer):
+class _BatchNorm(Layer):
     def __init__(
         self,
         num_features: int,
@@ -235,7 +238,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """
 
 
-class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, _Layer):
+class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
     def __init__(
         self,
         eps: float = 1e-5,
@@ -332,22 +335,14 @@ class StandardScaler(torch.nn.Module):
 
     @torch.no_grad()
     def partial_fit(self, batch: Tensor) -> StandardScaler:
-        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself.
-
-        Reference: Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance:
-        Analysis and Recommendations", 1983.
-        """
+        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself."""
         self._check(batch)
-        mean, var, count = batch_stats(batch.double())
-        seen = self.n_samples_seen_
-        total = seen + count
-        share = count.double() / total.clamp(min=1)
-        delta = mean - self.mean_
-        self.var_.copy_(self.var_ * (1 - share) + var * share + delta**2 * share * (1 - share))
-        self.mean_.add_(delta * share)
-        self.n_samples_seen_.copy_(total)
+        seen = (self.mean_, self.var_, self.n_samples_seen_)
+        merged = merge_stats(*seen, *batch_stats(batch.double()))
+        for statistic, new in zip(seen, merged, strict=True):
+            statistic.copy_(new)
         # scikit-learn's bound on the variance that rounding alone can give a constant feature.
-        rounding = total * torch.finfo(torch.float64).eps
+        rounding = self.n_samples_seen_ * torch.finfo(torch.float64).eps
         constant = self.var_ <= rounding * self.var_ + (rounding * self.mean_) ** 2
         self.scale_.copy_(self.var_.sqrt().masked_fill(constant, 1))
         return self
