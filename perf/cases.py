@@ -78,11 +78,12 @@ def _inverted_residuals(
         c, side = stem
         rows = [Layer((batch, c, side, side), activation)]
         for expansion, out, repetitions, first, rest in blocks:
-            for side in [first] + [rest] * (repetitions - 1):
+            for repetition in range(repetitions):
+                side = rest if repetition else first
                 if expansion > 1:
                     rows.append(Layer((batch, c * expansion, side, side), activation))
                 rows.append(Layer((batch, c * expansion, rest, rest), activation))
-                rows.append(Layer((batch, out, rest, rest)))
+                rows.append(Layer((batch, out, rest, rest), residual=repetition > 0))
                 c = out
         rows.append(Layer((batch, head, rest, rest), activation))
         return _counted(rows)
