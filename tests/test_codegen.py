@@ -55,7 +55,7 @@ def compile_all(target, x):
         count = None if mask is None else counter
         tensors = (dy, x, stat, stat, weight, weight, residual, bits, mask, count)
         dtype = dy.dtype
-        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *act, dtype, dtype, wanted)
+        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *act, False, dtype, dtype, wanted)
 
     dy, mask = x, x.select(1, 0).to(torch.bool)
     bits = new_bits(x, 1)

@@ -16,6 +16,7 @@ from tribn.functional import (
     check_eps,
     check_floating,
     check_input,
+    check_memory,
     check_number,
     check_options,
     check_tensor,
@@ -47,6 +48,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
     nonfinite: str
     correction: int
     stats_dtype: torch.dtype | None
+    memory: str
     frozen: bool
 
     def _set(
@@ -57,6 +59,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         nonfinite: str,
         correction: int,
         stats_dtype: torch.dtype | None,
+        memory: str,
     ) -> None:
         """Takes what torch.nn's layers do not have, and checks what they do not check."""
         check_eps(self.eps)
@@ -79,10 +82,12 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         check_options(order, nonfinite, correction)
         self.channel_axis = channel_axis
         self.activation = parse(activation)
+        check_memory(memory, self.activation, order)
         self.order = order
         self.nonfinite = nonfinite
         self.correction = correction
         self.stats_dtype = stats_dtype
+        self.memory = memory
         self.frozen = False
         for name, statistic in self._kept().items():
             self._buffers[name] = statistic.to(self.stats_dtype)
@@ -139,6 +144,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             lengths=lengths,
             nonfinite=self.nonfinite,
             correction=self.correction,
+            memory=self.memory,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -163,6 +169,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             "nonfinite": (self.nonfinite, "propagate"),
             "correction": (self.correction, 1),
             "stats_dtype": (self.stats_dtype, None),
+            "memory": (self.memory, "input"),
             "frozen": (self.frozen, False),
         }
         return ", ".join(
@@ -191,12 +198,13 @@ class _BatchNorm(Layer):
         nonfinite: str = "propagate",
         correction: int = 1,
         stats_dtype: torch.dtype | None = None,
+        memory: str = "input",
     ) -> None:
         _check_num_features(num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype)
+        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -215,8 +223,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         device, dtype: of parameters and statistics.
         bias: learn a bias, if `affine`.
         channel_axis: 1, or -1 for the last axis.
-        activation, order, nonfinite, correction: see `tribn.functional.batch_norm`, and there
-            also `residual`, `mask` and `lengths`, which calls of the layer take.
+        activation, order, nonfinite, correction, memory: see `tribn.functional.batch_norm`, and
+            there also `residual`, `mask` and `lengths`, which calls of the layer take.
         stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
             when the layer is cast, as by `.half()`; None for those that do not.
     """
@@ -255,11 +263,12 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
         nonfinite: str = "propagate",
         correction: int = 1,
         stats_dtype: torch.dtype | None = None,
+        memory: str = "input",
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype)
+        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
     def initialize_parameters(self, input: Tensor) -> None:
         check_input(input, self.channel_axis, self.training)

@@ -172,6 +172,7 @@ def batch_norm_backward(
     p: float,
     q: float,
     act_first: bool,
+    from_output: bool,
     dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     wanted: list[bool],
@@ -183,13 +184,23 @@ def batch_norm_backward(
     dweight = sum(g * xhat), dbias = sum(g), dresidual = g. Otherwise the statistics are constants
     and dx = weight * rstd * g. With `act_first` g = dy, act(x) takes the place of x, and dx is
     multiplied by act'(x). `x` may be None where nothing depends on it: dweight is not wanted, nor
-    is dx in training, and the activation's gradient is known from `bits`. `dtype` is that of dx.
+    is dx in training, and the activation's gradient is known from `bits`. With `from_output` it is
+    y, whence act'(z) and xhat = (z - bias) / weight are computed. `dtype` is that of dx.
     """
     like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
     exact = accumulator(dy.dtype)
     act = Activation(activation, p, q)
-    g, source = dy, None
-    if activation is not None:
+    g, source, a = dy, None, x
+    if from_output and x is not None and x.numel():
+        g, source = dy.to(exact), act.inverse(x.to(exact), torch.finfo(x.dtype).eps / 4)
+        g = act.backward(g, source)
+        # x - mean, which is normalized as x is
+        shape = [-1 if d == axis else 1 for d in range(dy.dim())]
+        rstd = (var + eps).rsqrt()
+        scale = rstd if weight is None else rstd * weight.to(exact)
+        a = source if bias is None else source - bias.to(exact).view(shape)
+        a, mean = a / scale.view(shape), torch.zeros_like(mean)
+    elif activation is not None:
         g = dy.to(exact)
         if bits is not None:
             source = unpack(bits, like, axis)
@@ -200,7 +211,8 @@ def batch_norm_backward(
             source = source if residual is None else source + residual
         if source is not None and not act_first:
             g = act.backward(g, source)
-    a = act(x.to(exact)) if act_first and x is not None else x
+    if act_first and x is not None:
+        a = act(x.to(exact))
     if mask is None:
         dx, dweight, dbias = _backward(g, a, mean, var, weight, eps, training, axis, wanted[:3])
     else:
