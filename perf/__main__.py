@@ -9,8 +9,10 @@ from importlib import import_module
 # A module of this package with a `main(argv)` that parses the rest, and its line in --help.
 COMMANDS = {
     "bench": "time batch norm layers of tribn and its rivals",
-    "plot": "draw the results of other commands, from their JSON files",
+    "compare": "run the same benchmark on another git revision beside this one",
     "demo": "measure what batch normalization claims, on handwritten digits",
+    "plot": "draw the results of other commands, from their JSON files",
+    "regress": "fail if tribn has lost ground on a stored result of the same device",
 }
 
 
