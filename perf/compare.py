@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -167,23 +168,26 @@ def compare(reports: Sequence[Report]) -> list[Report]:
     return rows
 
 
-def table(report: Report) -> Table:
-    names = f"{report['base'][:10]}, µs", "working tree, µs", "ratio", f"{CONTROL}'s spread"
-    shown = Table(
-        "tribn",
-        *names,
-        "change",
-        title=f"{report['environment']['device']}, {report['path']}: {report['cases']}",
-        caption="medians of the rounds; ratio below 1: the working tree is faster",
-    )
-    for row in report["rows"]:
+def tables(report: Report) -> list[Table]:
+    """Rows and means, a table for each dtype and layout."""
+    ratios = {key(row): row["ratio"] for row in report["rows"]}
+    found: dict[str, Table] = {}
+    for case, row in zip(ratios, report["rows"], strict=True):
+        title = case.conditions.title
+        if title not in found:
+            found[title] = Table("layer", "direction", "clock", title=title, box=SIMPLE_HEAD)
+            for column in (f"{report['base'][:10]} (µs)", "here (µs)", "ratio", CONTROL):
+                found[title].add_column(column, justify="right")
+            found[title].add_column("change")
         us = (f"{median(row[side]):.1f}" for side in ("before_us", "after_us"))
-        ratios = (f"{row[name]:.2f}" for name in ("ratio", "control_spread"))
-        shown.add_row(str(key(row)), *us, *ratios, row["change"])
-    shown.add_section()
-    for conditions, mean in means({key(row): row["ratio"] for row in report["rows"]}).items():
-        shown.add_row(f"geometric mean, {conditions}", "", "", f"{mean:.2f}")
-    return shown
+        factors = (f"{row[name]:.2f}" for name in ("ratio", "control_spread"))
+        found[title].add_row(str(case), case.direction, case.clock, *us, *factors, row["change"])
+    for table in found.values():
+        table.add_section()
+    for group, ratio in means(ratios).items():
+        labels = "geometric mean", group.direction, group.clock, "", ""
+        found[group.title].add_row(*labels, f"{ratio:.2f}")
+    return list(found.values())
 
 
 # Command line
@@ -237,5 +241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     path = write(report, arguments.out, f"compare-{last['environment']['device']}-{last['cases']}")
-    console.print(table(report))
-    console.print(path)
+    for shown in tables(report):
+        console.print(shown)
+    console.print(
+        "ratio: the working tree's median over the other; eager: longest round over shortest"
+    )
+    console.print(f"{report['path']}, {report['environment']['device']}: {path}", soft_wrap=True)

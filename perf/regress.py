@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -59,10 +61,14 @@ def differences(stored: Report, new: Report) -> list[str]:
 
 
 def table(found: Mapping[Conditions, tuple[float, float]]) -> Table:
-    shown = Table("torch.compile's time over tribn's", "stored", "new", "change")
+    shown = Table("layout", "dtype", "direction", "clock", box=SIMPLE_HEAD)
+    shown.title = "torch.compile's time over tribn's"
+    for column in ("stored", "new", "change"):
+        shown.add_column(column, justify="right")
     for conditions, (old, new) in found.items():
         numbers = f"{old:.2f}", f"{new:.2f}", f"{new / old - 1:+.1%}"
-        shown.add_row(str(conditions), *numbers, style="red" if dropped(old, new) else None)
+        style = "red" if dropped(old, new) else None
+        shown.add_row(*astuple(conditions), *numbers, style=style)
     return shown
 
 

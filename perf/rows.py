@@ -1,4 +1,4 @@
-"""The rows of bench's results: which time the same thing, and what layers say together."""
+"""The rows of bench's results: which of them time the same thing, and their means over layers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Conditions:
     direction: str
     clock: str
 
-    def __str__(self) -> str:
-        return f"{self.direction}, {self.layout}, {self.dtype}, {self.clock}"
+    @property
+    def title(self) -> str:
+        return f"{self.dtype}, {self.layout}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Key:
         return Conditions(self.layout, self.dtype, self.direction, self.clock)
 
     def __str__(self) -> str:
-        return f"{self.op} {'x'.join(map(str, self.shape))}, {self.conditions}"
+        return f"{self.op} {'x'.join(map(str, self.shape))}"
 
 
 def key(row: Report) -> Key:
@@ -57,9 +58,9 @@ def times(report: Report, provider: str) -> dict[Key, float]:
 
 
 def problems(report: Report, provider: str) -> list[str]:
-    """Where a provider was not timed, and why; provider None stands for all."""
-    rows = (row for row in report["problems"] if row["provider"] in (provider, None))
-    return [f"{row['op']} {row['shape']}: {row.get('wrong') or row['error']}" for row in rows]
+    """Why a provider was not timed everywhere; provider None stands for all of them."""
+    found = (row for row in report["problems"] if row["provider"] in (provider, None))
+    return [f"{row['op']} {row['shape']}: {row['problem']}" for row in found]
 
 
 def means(ratios: Mapping[Key, float]) -> dict[Conditions, float]:
@@ -88,7 +89,7 @@ def _of_bench(report: Report) -> bool:
         return (
             report["command"] == "bench"
             and all(key(row) and row["provider"] and row["us"] > 0 for row in report["rows"])
-            and all(row["op"] and row["shape"] for row in report["problems"])
+            and all(row["op"] and row["problem"] for row in report["problems"])
             and bool(report["cases"] and report["environment"]["device"])
         )
     except (LookupError, TypeError):

@@ -18,7 +18,7 @@ if not find_spec("rich"):
 if not shutil.which("git"):
     pytest.skip("revisions need git", allow_module_level=True)
 
-from results import KEY, bench, outcome, save
+from reports import KEY, bench, outcome, save
 
 import tribn
 from perf import compare
@@ -177,7 +177,7 @@ def test_what_fails_is_not_compared(tree, program, run, programs):
 @pytest.mark.parametrize("tree", ["base", "here"])
 def test_what_the_benchmark_finds_wrong_is_not_compared(tree, run, programs):
     programs.problems[tree] = [
-        {"op": "bn", "shape": [2, 3], "provider": "tribn", "wrong": "output is off by 1"}
+        {"op": "bn", "shape": [2, 3], "provider": "tribn", "problem": "output is off by 1"}
     ]
     code, said = run()
     assert code == 1

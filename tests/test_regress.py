@@ -11,11 +11,16 @@ if INTERPRET:
 if not find_spec("rich"):
     pytest.skip("perf needs rich", allow_module_level=True)
 
-from results import KEY, bench, outcome, save
+from reports import KEY, bench, outcome, save
 
 BACKWARD = replace(KEY, direction="backward")
 SMALL = replace(KEY, shape=(8, 512, 7, 7), count=3)
-PROBLEM = {"op": "bn", "shape": [8, 64, 56, 56], "provider": "tribn", "wrong": "output is off by 1"}
+PROBLEM = {
+    "op": "bn",
+    "shape": [8, 64, 56, 56],
+    "provider": "tribn",
+    "problem": "output is off by 1",
+}
 
 
 def result(own, **changes):
