@@ -114,7 +114,7 @@ def alternate(base: str, rounds: int, options: Sequence[str], progress: Progress
         stage = Path(name, "stage")
         stage.mkdir()
         (stage / "perf").symlink_to(ROOT / "perf")
-        trees = [Tree(base[:10], Path(name, "base")), Tree("the working tree", ROOT)]
+        trees = [Tree(base[:8], Path(name, "base")), Tree("the working tree", ROOT)]
         for tree in progress.track(trees, description="tests"):
             test(tree)
         runs = list(enumerate(trees * rounds))
@@ -175,9 +175,11 @@ def tables(report: Report) -> list[Table]:
     for case, row in zip(ratios, report["rows"], strict=True):
         title = case.conditions.title
         if title not in found:
-            found[title] = Table("layer", "direction", "clock", title=title, box=SIMPLE_HEAD)
-            for column in (f"{report['base'][:10]} (µs)", "here (µs)", "ratio", CONTROL):
-                found[title].add_column(column, justify="right")
+            found[title] = Table(
+                "layer", "direction", "clock", title=f"{title}, µs", box=SIMPLE_HEAD
+            )
+            for column in (report["base"][:8], "here", "ratio", CONTROL):
+                found[title].add_column(column, justify="right", no_wrap=True)
             found[title].add_column("change")
         us = (f"{median(row[side]):.1f}" for side in ("before_us", "after_us"))
         factors = (f"{row[name]:.2f}" for name in ("ratio", "control_spread"))
@@ -185,7 +187,7 @@ def tables(report: Report) -> list[Table]:
     for table in found.values():
         table.add_section()
     for group, ratio in means(ratios).items():
-        labels = "geometric mean", group.direction, group.clock, "", ""
+        labels = "mean", group.direction, group.clock, "", ""
         found[group.title].add_row(*labels, f"{ratio:.2f}")
     return list(found.values())
 

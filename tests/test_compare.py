@@ -96,7 +96,7 @@ def test_a_wrong_revision_is_refused(repository, tmp_path, capsys):
     git("checkout", "HEAD~", "--", "tribn")
     code, said = outcome(["compare", "HEAD", "--out", str(tmp_path / "out")], capsys)
     assert code == 1
-    assert f"tests fail on {git('rev-parse', 'HEAD')[:10]}" in said
+    assert f"tests fail on {git('rev-parse', 'HEAD')[:8]}" in said
     assert "Mismatched elements" in said
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +170,7 @@ def test_what_fails_is_not_compared(tree, program, run, programs):
     assert code == 1
     assert "because of this" in said
     assert (
-        "on the working tree" if tree == "here" else f"on {git('rev-parse', 'HEAD')[:10]}"
+        "on the working tree" if tree == "here" else f"on {git('rev-parse', 'HEAD')[:8]}"
     ) in said
 
 
