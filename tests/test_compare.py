@@ -41,6 +41,7 @@ def repository(tmp_path, monkeypatch):
     """A git repository of this tribn and perf, and one test. No GPU is seen there."""
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)  # a git hook's, which name another repository
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     for name in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{name}_NAME", "tribn")
         monkeypatch.setenv(f"GIT_{name}_EMAIL", "tribn@example.com")
@@ -86,8 +87,8 @@ def test_a_slower_tree_is_seen(repository, tmp_path, capsys):
     for direction in ("forward", "eval"):
         assert rows[direction]["change"] == "slower"
         assert rows[direction]["before_us"][0] < SLEEP * 1e6 < rows[direction]["after_us"][0]
-        assert f"{direction}" in said
     assert rows["backward"]["after_us"][0] < SLEEP * 1e6
+    assert "slower" in said
 
 
 def test_a_wrong_revision_is_refused(repository, tmp_path, capsys):
@@ -116,10 +117,12 @@ class Programs:
         program = "bench" if "bench" in arguments else "pytest"
         turn = self.ran.count((name, program))
         self.ran.append((name, program))
-        self.arguments, self.cwd, self.tree = arguments, cwd, tree
+        assert (tree.path / "tribn").is_dir()
         if (name, program) == self.broken:
             return subprocess.CompletedProcess(arguments, 1, stdout="because of this")
         if program == "bench":
+            assert os.listdir(cwd) == ["perf"]  # no other tribn
+            self.options = " ".join(arguments)
             out = Path(arguments[arguments.index("--out") + 1])
             out.mkdir()
             times = {"tribn": {self.key[name]: self.us[name][turn]}, "eager": {KEY: 100.0}}
@@ -158,8 +161,7 @@ def test_trees_take_turns(run, programs, repository, tmp_path):
     assert row["ratio"] == pytest.approx(50 / 101, rel=1e-4)
     assert row["change"] == "faster"
     assert "faster" in said
-    given = " ".join(programs.arguments)
-    assert "perf bench --batch 3 --providers tribn eager" in given
+    assert "perf bench --batch 3 --providers tribn eager" in programs.options
 
 
 @pytest.mark.parametrize("program", ["pytest", "bench"])
