@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import subprocess
+from argparse import ArgumentTypeError
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def write(report: Report, out: Path, name: str) -> Path:
     path = out / f"{name.replace(' ', '-')}.json"
     path.write_text(json.dumps(_jsonable(report), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def device(text: str) -> str:
+    """ "cpu", or "cuda" if there is such a device, for argparse."""
+    if text not in ("cpu", "cuda"):
+        raise ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise ArgumentTypeError("there is no CUDA device here")
+    return text
 
 
 def count(text: str) -> int:
