@@ -9,7 +9,9 @@ from importlib import import_module
 # A module of this package with a `main(argv)` that parses the rest, and its line in --help.
 COMMANDS = {
     "bench": "time batch norm against torch eager and torch.compile",
+    "codegen": "compile every kernel for GPUs that are not there: registers, spills, accesses",
     "demo": "measure what batch normalization claims, on handwritten digits",
+    "traffic": "count the bytes that batch norm moves, against torch eager and torch.compile",
 }
 
 

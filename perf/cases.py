@@ -9,6 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("channels_first", "channels_last")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -169,3 +174,13 @@ def layers(name: str, batch: int | None = None) -> list[Layer]:
         return SETS[name]
     usual, build = NETS[name]
     return build(batch or usual)
+
+
+def strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Of a dense tensor, in elements."""
+    axes = [0, *range(2, len(shape)), 1] if layout == "channels_last" else range(len(shape))
+    found, step = [0] * len(shape), 1
+    for axis in reversed(axes):
+        found[axis] = step
+        step *= shape[axis]
+    return tuple(found)
