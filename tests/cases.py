@@ -21,6 +21,7 @@ from tribn.reference import accumulator
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 F16, BF16, F32, F64 = DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOMENTUM, EPS = 0.3, 1e-5
+PLAIN = (None, 0.0, 0.0, False)  # to an operator: no activation
 
 
 # Layouts: the same values behind other strides. What lies between the elements is NaN, so that
@@ -228,7 +229,9 @@ class Exact(NamedTuple):
 
     Terms are rounded before they are added up: four ulps of the largest one stay where they cancel,
     as in the gradient of a sum, or where the result's dtype is wider than the arithmetic's. And the
-    batch's mean is a number of that dtype, off by up to half an ulp, which shifts every xhat.
+    batch's mean is a number of that dtype, off by up to half an ulp, which shifts every xhat. In
+    float64 the sum it comes from has no wider dtype to be taken in: its n roundings, of half an ulp
+    each and as often up as down, make that the square root of n times as much.
     """
 
     values: np.ndarray
@@ -267,7 +270,8 @@ def exact(inputs: Inputs, training: bool, momentum=MOMENTUM, eps=EPS) -> dict[st
         add("running_var", var, var)
     rstd = 1 / np.sqrt(var + eps)
     xhat = (x - mean) * rstd
-    shift = ulp(largest(mean), arithmetic) / 2 * rstd if training else 0.0
+    ulps = n**0.5 / 2 if arithmetic == F64 else 1 / 2
+    shift = ulps * ulp(largest(mean), arithmetic) * rstd if training else 0.0
     dweight, dbias = (dy * xhat).sum(1, keepdims=True), dy.sum(1, keepdims=True)
     dxhat = dy - (dbias + xhat * dweight) / n if training else dy
     shifted = shift * (np.abs(dweight) + np.abs(dbias * xhat)) / n

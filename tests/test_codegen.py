@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import INTERPRET, PLAIN
 
 if INTERPRET:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -33,6 +33,7 @@ from perf.codegen import (
     warps_per_sm,
 )
 from tribn import kernels
+from tribn.reference import new_bits
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -64,16 +65,45 @@ def compile_all(target, x):
     stat = f64 if x.dtype == F64 else f32
     half = torch.empty(C, dtype=BF16, device="meta")
     counter = torch.empty((), dtype=torch.int64, device="meta")
+
+    def train(*args, momentum=0.1, act=PLAIN, residual=None, mask=None, bits=False):
+        statistics = (*args[2:], momentum, 1, False)
+        kernels.batch_norm_train(x, *args[:2], residual, mask, *statistics, 1e-5, 1, *act, bits)
+
+    def evaluate(act=PLAIN, residual=None, bits=False):
+        kernels.batch_norm_eval(x, stat, stat, f32, f32, residual, None, 1e-5, 1, *act, bits)
+
+    def backward(x, weight, training, wanted, act=PLAIN, residual=None, bits=None, mask=None):
+        count = None if mask is None else counter
+        tensors = (dy, x, stat, stat, weight, weight, residual, bits, mask, count)
+        dtype = dy.dtype
+        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *act, dtype, dtype, wanted)
+
+    dy, mask = x, x.select(1, 0).to(torch.bool)
+    bits = new_bits(x, 1)
+    every, none = [True, True, True, False], (None,) * 5
     with compiling(target) as compiled:
-        kernels.batch_stats(x, 1)
-        kernels.batch_norm_train(x, f32, f32, f32, f32, counter, None, 1e-5, 1)
-        kernels.batch_norm_train(x, half, None, half, half, counter, 0.1, 1e-5, 1)
-        kernels.batch_norm_train(x, None, None, None, None, None, 0.1, 1e-5, 1)
-        kernels.batch_norm_eval(x, stat, stat, f32, f32, 1e-5, 1)
-        kernels.batch_norm_backward(x, x, stat, stat, f32, 1e-5, True, 1, [True, True, True])
-        kernels.batch_norm_backward(x, x, stat, stat, f32, 1e-5, False, 1, [True, True, True])
-        kernels.batch_norm_backward(x, None, stat, stat, f32, 1e-5, False, 1, [True, False, True])
-        kernels.batch_norm_backward(x, None, stat, stat, None, 1e-5, False, 1, [True, False, False])
+        kernels.batch_stats(x, None, 1)
+        train(f32, f32, f32, f32, counter, momentum=None)
+        train(half, None, half, half, counter)
+        train(*none)
+        evaluate()
+        backward(x, f32, True, every)
+        backward(x, f32, False, every)
+        backward(None, f32, False, [True, False, True, False])
+        backward(None, None, False, [True, False, False, False])
+        # an activation, with a residual and a mask, behind the normalization and before it
+        relu, gelu = ("relu", 0.0, 0.0, False), ("gelu_tanh", 0.0, 0.0, False)
+        train(f32, f32, f32, f32, counter, act=relu, residual=x, bits=True)
+        train(f32, f32, f32, f32, counter, act=gelu, mask=mask)
+        train(f32, f32, f32, f32, counter, act=("gelu_tanh", 0.0, 0.0, True))
+        evaluate(relu, x, True)
+        evaluate(gelu)
+        backward(x, f32, True, every, relu)
+        backward(x, f32, True, [True] * 4, relu, bits=bits)
+        backward(x, f32, True, every, gelu, residual=x, mask=mask)
+        backward(x, f32, True, every, ("gelu_tanh", 0.0, 0.0, True))
+        backward(None, f32, False, [True, False, False, True], relu, bits=bits)
     return compiled
 
 

@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, INTERPRET, Case, Inputs, assert_all_accurate, exact, wide
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INTERPRET,
+    PLAIN,
+    Case,
+    Inputs,
+    assert_all_accurate,
+    exact,
+    wide,
+)
 from conftest import GPU
 
 from tribn import reference
@@ -58,18 +70,33 @@ def backward_plan(t, **changes):
     return forced(t.axis, t.x, t.dy, torch.empty_like(t.x), **changes)
 
 
+def forward(module, t, running_mean, running_var, counter, *plan):
+    statistics = (running_mean, running_var, counter, MOMENTUM, 1, False)
+    return module.batch_norm_train(
+        *(t.x, t.weight, t.bias, None, None, *statistics, EPS, t.axis, *PLAIN, False, *plan)
+    )
+
+
+def evaluate(module, t, mean, var, *plan):
+    args = (t.x, mean, var, t.weight, t.bias, None, None, EPS, t.axis, *PLAIN, False)
+    return module.batch_norm_eval(*args, *plan)[0]
+
+
+def backward(module, t, mean, var, training, wanted, *plan, x=True):
+    return module.batch_norm_backward(
+        *(t.dy, t.x if x else None, mean, var, t.weight, None, None, None, None, None),
+        *(EPS, training, t.axis, *PLAIN, t.x.dtype, None, [*wanted, False], *plan),
+    )
+
+
 def train(module, inputs, *plans):
     """Forward and backward in training by the kernels with their plans, or by the reference."""
     t = inputs
     running = [t.running_mean.clone(), t.running_var.clone()]
     counter = torch.tensor(4, device=t.x.device)
-    y, mean, var = module.batch_norm_train(
-        *(t.x, t.weight, t.bias, *running, counter, MOMENTUM, EPS, t.axis, *plans[:1])
-    )
+    y, mean, var, _, _ = forward(module, t, *running, counter, *plans[:1])
     assert counter == 5
-    dx, dweight, dbias = module.batch_norm_backward(
-        *(t.dy, t.x, mean, var, t.weight, EPS, True, t.axis, [True] * 3, *plans[1:])
-    )
+    dx, dweight, dbias, _ = backward(module, t, mean, var, True, [True] * 3, *plans[1:])
     names = ("y", "dx", "dweight", "dbias", *STATS)
     return dict(zip(names, (y, dx, dweight, dbias, *running), strict=True))
 
@@ -113,13 +140,12 @@ def test_evaluation_on_every_path(case, path, device):
     oracle = exact(t, False, MOMENTUM, EPS)
     changes = dict(zip(TILE, path, strict=True))
     plan = forward_plan(t, **changes)
-    args = (t.x, t.running_mean, t.running_var, t.weight, t.bias, EPS, t.axis)
-    results = {"y": kernels.batch_norm_eval(*args, plan)}
-    expected = {"y": reference.batch_norm_eval(*args)}
-    backward = (t.running_mean, t.running_var, t.weight, EPS, False, t.axis, [True] * 3)
+    statistics = (t.running_mean, t.running_var)
+    results = {"y": evaluate(kernels, t, *statistics, plan)}
+    expected = {"y": evaluate(reference, t, *statistics)}
     for module, into in ((kernels, results), (reference, expected)):
         extra = () if module is reference else (backward_plan(t, **changes),)
-        grads = module.batch_norm_backward(t.dy, t.x, *backward, *extra)
+        *grads, _ = backward(module, t, *statistics, False, [True] * 3, *extra)
         into |= dict(zip(("dx", "dweight", "dbias"), grads, strict=True))
     assert_all_accurate(results, expected, oracle)
 
@@ -129,7 +155,7 @@ def test_evaluation_on_every_path(case, path, device):
 def test_batch_stats_on_every_path(splits, dtype, device):
     t = Inputs.of(Case((20, 3, 40), dtype, mean=1e3, std=1.0), device)
     plan = forced(1, t.x, block_n=1, block_c=2, block_s=16, splits=splits)
-    mean, var, count = kernels.batch_stats(t.x, 1, plan)
+    mean, var, count = kernels.batch_stats(t.x, None, 1, plan)
     x = wide(t.x)
     assert count == 800
     rounding = torch.finfo(dtype).eps + 4 * torch.finfo(F64).eps  # of the result, and of the sums
@@ -149,11 +175,10 @@ SUBSETS = [mask for mask in itertools.product([True, False], repeat=3) if any(ma
 def test_gradients_asked_for_equal_those_of_all(mask, training, splits, device):
     t = Inputs.of(Case((6, 5, 37)), device)
     plan = backward_plan(t, block_n=1, block_c=2, block_s=8, splits=splits)
-    mean, var, _ = kernels.batch_stats(t.x, t.axis)
-    rest = (mean, var, t.weight, EPS, training, t.axis)
-    full = kernels.batch_norm_backward(t.dy, t.x, *rest, [True] * 3, plan)
+    mean, var, _ = kernels.batch_stats(t.x, None, t.axis)
+    *full, _ = backward(kernels, t, mean, var, training, [True] * 3, plan)
     needs_x = mask[1] or (training and mask[0])
-    some = kernels.batch_norm_backward(t.dy, t.x if needs_x else None, *rest, list(mask), plan)
+    *some, _ = backward(kernels, t, mean, var, training, mask, plan, x=needs_x)
     for wanted, one, all_of_them in zip(mask, some, full, strict=True):
         assert (one is not None) == wanted
         if wanted:
@@ -207,19 +232,18 @@ def test_more_than_2_31_elements_apart(device):
     x = base.as_strided((2, 3, 50), (2**31 + 7, 50, 1))
     t = Inputs.of(Case((2, 3, 50), BF16), device)
     x.copy_(t.x)
-    mean, var, _ = kernels.batch_stats(x, 1)
-    expected = kernels.batch_stats(t.x, 1)
+    mean, var, _ = kernels.batch_stats(x, None, 1)
+    expected = kernels.batch_stats(t.x, None, 1)
     assert torch.equal(mean, expected[0])
     assert torch.equal(var, expected[1])
-    y = kernels.batch_norm_eval(x, mean, var, t.weight, t.bias, EPS, 1)
-    assert torch.equal(y, kernels.batch_norm_eval(t.x, mean, var, t.weight, t.bias, EPS, 1))
+    y = evaluate(kernels, replace(t, x=x), mean, var)
+    assert torch.equal(y, evaluate(kernels, t, mean, var))
 
 
 def test_what_no_strides_can_express_is_copied(device):
-    x = Inputs.of(Case((3, 5, 8, 6)), device).x[:, :, ::2, ::2]
-    y, mean, _ = kernels.batch_norm_train(x, None, None, None, None, None, 0.1, EPS, 1)
-    expected, expected_mean, _ = kernels.batch_norm_train(
-        x.contiguous(), None, None, None, None, None, 0.1, EPS, 1
-    )
+    t = Inputs.of(Case((3, 5, 8, 6)), device)
+    x = t.x[:, :, ::2, ::2]
+    y, mean, *_ = forward(kernels, replace(t, x=x), None, None, None)
+    expected, expected_mean, *_ = forward(kernels, replace(t, x=x.contiguous()), None, None, None)
     assert torch.equal(y, expected)
     assert torch.equal(mean, expected_mean)

@@ -103,7 +103,15 @@ def test_subclass_of_torchs_with_its_signature(kind, lazy):
         [(p.name, p.kind, p.default) for p in inspect.signature(c).parameters.values()]
         for c in (cls, base)
     )
-    keywords = {"bias": True, "channel_axis": 1}  # torch has had `bias` since 2.12
+    keywords = {  # torch has had `bias` since 2.12
+        "bias": True,
+        "channel_axis": 1,
+        "activation": None,
+        "order": "norm_act",
+        "nonfinite": "propagate",
+        "correction": 1,
+        "stats_dtype": None,
+    }
     torchs = [parameter for parameter in torchs if parameter[0] not in keywords]
     assert mine[: len(torchs)] == torchs
     assert {name: default for name, _, default in mine[len(torchs) :]} == keywords

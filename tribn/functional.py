@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from tribn import ops
-from tribn.autograd import BatchNormEval, BatchNormTrain
+from tribn.activation import Activation, parse
+from tribn.autograd import BatchNormEval, BatchNormTrain, Options
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STATES = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def batch_norm(
@@ -23,13 +28,24 @@ def batch_norm(
     *,
     channel_axis: int = 1,
     num_batches_tracked: Tensor | None = None,
+    activation: str | torch.nn.Module | Activation | None = None,
+    order: str = "norm_act",
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    nonfinite: str = "propagate",
+    correction: int = 1,
 ) -> Tensor:
-    """Batch normalization: (input - mean) / sqrt(var + eps) * weight + bias per channel.
+    """Batch normalization, and what is around it, in the same pass over memory.
+
+    ``order="norm_act"``: act((input - mean) / sqrt(var + eps) * weight + bias + residual).
+    ``order="act_norm"``: (act(input) - mean) / sqrt(var + eps) * weight + bias + residual.
 
     In training, mean and (biased) variance are the batch's, over every axis but the channel's, and
     the running statistics, if given, move towards them:
     ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. An empty
-    batch leaves them alone. Otherwise mean and variance are the running ones.
+    batch leaves them alone. Otherwise mean and variance are the running ones. While activation
+    checkpointing computes a batch again, in backward, the running statistics stay as they are.
 
     Args:
         input: tensor of two or more axes, float16, bfloat16, float32 or float64, any strides. C is
@@ -42,9 +58,21 @@ def batch_norm(
         eps: added to the variance; positive in training.
         channel_axis: the axis of the channels; -1 for (N, L, C).
         num_batches_tracked: int64 scalar, incremented in place in training.
+        activation: "relu", "relu6", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "mish",
+            "sigmoid", "tanh", "softplus", "hardswish" or "hardsigmoid" with torch's defaults, or
+            torch.nn's module for one of them with its parameters.
+        order: "norm_act" or "act_norm".
+        residual: tensor of the input's shape, any strides, any dtype but complex.
+        mask: bool tensor of the input's shape without the channel axis, True where the input
+            counts. Elsewhere it may hold anything, and output and gradients are zero.
+        lengths: integer tensor (N,), for input with one axis besides batch and channel: the mask
+            whose row n is True in its first lengths[n] elements.
+        nonfinite: "propagate" or "skip": a channel whose batch statistics are infinite or NaN
+            leaves its running statistics alone.
+        correction: 1 for the unbiased variance in running_var, 0 for the biased one.
 
     Returns:
-        A tensor of the input's shape, dtype and memory format.
+        A tensor of the input's shape and memory format, in the dtype of input + residual.
 
     Raises:
         ValueError: a shape, device or number does not fit, or training has one value per channel.
@@ -68,34 +96,60 @@ def batch_norm(
     ):
         if tensor is not None:
             _check_channels(name, tensor, input, axis)
+    check_options(order, nonfinite, correction)
+    if residual is not None:
+        residual = _check_residual(residual, input)
+    mask = _mask(mask, lengths, input, axis)
+    options = Options(eps, axis, parse(activation), order == "act_norm")
+    tensors = (input, weight, bias, residual, mask)
+    check_bool("training", training)
+    check_number("eps", eps)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
                 "running_mean and running_var are None: evaluation needs both; "
                 "use training=True to normalize by the batch's statistics"
             )
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}: it must not be negative")
-        y = BatchNormEval.apply(input, running_mean, running_var, weight, bias, eps, axis)
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps is {eps}: it must not be negative or infinite")
+        y = BatchNormEval.apply(*tensors, running_mean, running_var, options)
         return y
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}: training needs a positive one")
+    check_eps(eps)
+    if momentum is not None:
+        check_number("momentum", momentum)
+        if not math.isfinite(momentum):
+            raise ValueError(f"momentum is {momentum}: it must be finite, or None for an average")
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum is None: averaging over all batches needs num_batches_tracked")
     if num_batches_tracked is not None:
         _check_counter(num_batches_tracked, input)
     statistics = (running_mean, running_var, num_batches_tracked)
-    y = BatchNormTrain.apply(input, weight, bias, *statistics, momentum, eps, axis)
+    for name, state in zip(_STATES, statistics, strict=True):
+        if state is not None:
+            _check_state(name, state)
+    if running_mean is not None and running_mean is running_var:
+        raise ValueError("running_mean and running_var are one tensor: they must be two")
+    if _computing_again():
+        statistics = (None, None, None)
+    skip = nonfinite == "skip"
+    y = BatchNormTrain.apply(*tensors, *statistics, momentum, correction, skip, options)
     return y
 
 
-def batch_stats(input: Tensor, *, channel_axis: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def batch_stats(
+    input: Tensor,
+    *,
+    channel_axis: int = 1,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count per channel: the reduction of batch normalization alone.
 
     Args:
         input: tensor of two or more axes, float16, bfloat16, float32 or float64, any strides. C is
             the size of its channel axis.
         channel_axis: the axis of the channels; -1 for (N, L, C).
+        mask, lengths: what counts, as in `batch_norm`.
 
     Returns:
         mean (C,) and var (C,), float64 for float64 input and else float32, not differentiable, and
@@ -105,31 +159,70 @@ def batch_stats(input: Tensor, *, channel_axis: int = 1) -> tuple[Tensor, Tensor
         ValueError, TypeError: as `batch_norm`.
     """
     axis = check_input(input, channel_axis)
-    mean, var, count = ops.batch_stats(input.detach(), axis)
+    mean, var, count = ops.batch_stats(input.detach(), _mask(mask, lengths, input, axis), axis)
     return mean, var, count
 
 
+def _computing_again() -> bool:
+    """Whether this runs inside a backward pass, where checkpointing repeats a forward."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def check_options(order: str, nonfinite: str, correction: int) -> None:
+    if order not in ("norm_act", "act_norm"):
+        raise ValueError(f"order is {order!r}: it must be 'norm_act' or 'act_norm'")
+    if nonfinite not in ("propagate", "skip"):
+        raise ValueError(f"nonfinite is {nonfinite!r}: it must be 'propagate' or 'skip'")
+    if correction not in (0, 1):
+        raise ValueError(f"correction is {correction!r}: it must be 0 or 1")
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}: it must be a number")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}: it must be True or False")
+
+
+def check_eps(eps: float) -> None:
+    check_number("eps", eps)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}: it must be positive and finite")
+
+
 def check_tensor(name: str, value: object) -> None:
+    """That something is a tensor whose elements lie in memory by strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")
+    if value.is_nested:
+        raise TypeError(f"{name} is nested: it must be dense; pad it and give a mask")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} is {value.layout}: it must be dense; convert it with to_dense()")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64; "
+            f"convert it with {name}.float()"
+        )
 
 
 def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int:
     """The channel axis counted from the front, of an input that can be served."""
     check_tensor("input", input)
-    if input.layout != torch.strided:
-        raise TypeError(f"input is {input.layout}: it must be dense; convert it with to_dense()")
-    if input.dtype not in _DTYPES:
-        raise TypeError(
-            f"input is {input.dtype}: it must be float16, bfloat16, float32 or float64; "
-            "convert it with input.float()"
-        )
+    check_floating("input", input)
     rank = input.dim()
     if rank < 2:
         raise ValueError(
             f"input has shape {tuple(input.shape)}: it needs a channel axis and at least one more"
         )
-    if not isinstance(channel_axis, int):
+    if not isinstance(channel_axis, int) or isinstance(channel_axis, bool):
         raise TypeError(f"channel_axis is {channel_axis!r}: it must be an int")
     if not -rank <= channel_axis < rank:
         raise ValueError(f"channel_axis is {channel_axis}: input has {rank} axes")
@@ -142,6 +235,52 @@ def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int
     return axis
 
 
+def _check_residual(residual: Tensor, input: Tensor) -> Tensor:
+    """The residual in a floating dtype."""
+    check_tensor("residual", residual)
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)} and input {tuple(input.shape)}: they must "
+            "be equal; expand the residual if it is to be broadcast"
+        )
+    _check_device("residual", residual, input)
+    if residual.dtype in _DTYPES:
+        return residual
+    if torch.result_type(residual, input) != input.dtype:
+        raise TypeError(f"residual is {residual.dtype}: it must be real")
+    return residual.to(input.dtype)
+
+
+def _mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis: int) -> Tensor | None:
+    """The mask that `mask` or `lengths` means."""
+    shape = [size for d, size in enumerate(input.shape) if d != axis]
+    if lengths is not None:
+        check_tensor("lengths", lengths)
+        if mask is not None:
+            raise ValueError("mask and lengths are given: give one of them")
+        if len(shape) != 2 or lengths.shape != (shape[0],):
+            raise ValueError(
+                f"lengths has shape {tuple(lengths.shape)} and input {tuple(input.shape)}: lengths "
+                "must be (N,) for an input of N rows of one length; give a mask for others"
+            )
+        if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"lengths is {lengths.dtype}: it must be an integer")
+        _check_device("lengths", lengths, input)
+        return torch.arange(shape[1], device=input.device) < lengths.unsqueeze(1)
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}: it must be bool")
+    if list(mask.shape) != shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: for an input of shape {tuple(input.shape)} with "
+            f"channels in axis {axis} it must be {tuple(shape)}"
+        )
+    _check_device("mask", mask, input)
+    return mask
+
+
 def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None:
     check_tensor(name, tensor)
     C = input.shape[axis]
@@ -150,8 +289,7 @@ def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None
             f"{name} has shape {tuple(tensor.shape)}: input of shape {tuple(input.shape)} has "
             f"{C} channels in axis {axis}, so it must be ({C},)"
         )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}: it must have a floating dtype")
+    check_floating(name, tensor)
     _check_device(name, tensor, input)
 
 
@@ -159,11 +297,23 @@ def _check_counter(counter: Tensor, input: Tensor) -> None:
     check_tensor("num_batches_tracked", counter)
     if counter.dtype != torch.int64:
         raise TypeError(f"num_batches_tracked is {counter.dtype}: it must be int64")
-    if counter.numel() != 1:
+    if counter.dim():
         raise ValueError(
             f"num_batches_tracked has shape {tuple(counter.shape)}: it must be a scalar"
         )
     _check_device("num_batches_tracked", counter, input)
+
+
+def _check_state(name: str, state: Tensor) -> None:
+    """That a running statistic can be updated in place."""
+    if state.requires_grad:
+        raise ValueError(f"{name} requires a gradient: training changes it in place; detach it")
+    if state.dim() and state.stride(0) == 0 and state.shape[0] > 1:
+        raise ValueError(f"{name} is expanded: training changes it in place; clone it")
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    if state.is_inference():
+        raise ValueError(f"{name} is an inference tensor: training changes it in place; clone it")
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -28,23 +28,37 @@ class Device:
 class Layout:
     """Tensors of one shape, seen as (N, C, S): outer reduction axis, channel, inner reduction axis.
 
-    `strides` holds one (stride_n, stride_c, stride_s) in elements for each tensor. An axis of
-    size 1 has stride 0.
+    `strides` holds one (stride_n, stride_c, stride_s) in elements for each tensor, and `mask` the
+    (stride_n, stride_s) of a mask, or zeros. An axis of size 1 has stride 0.
     """
 
     N: int
     C: int
     S: int
     strides: tuple[tuple[int, int, int], ...]
+    mask: tuple[int, int] = (0, 0)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether neighbouring elements of the first tensor are of neighbouring channels."""
+        _, stride_c, stride_s = self.strides[0]
+        return self.S == 1 or 0 < stride_c < stride_s
 
 
-def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]], axis: int) -> Layout | None:
-    """Sees tensors of one shape as (N, C, S) without moving an element.
+def collapse(
+    shape: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    axis: int,
+    mask: Sequence[int] | None = None,
+) -> Layout | None:
+    """Sees tensors of one shape, and a mask with any stride along `axis`, as (N, C, S).
 
-    Axes other than the channel `axis` may be visited in any order, since they are reduced
-    together: they are sorted by the first tensor's strides and neighbours are merged where all
-    tensors allow it. Returns None where more than two axes remain.
+    No element moves. Axes other than the channel `axis` may be visited in any order, since they
+    are reduced together: they are sorted by the first tensor's strides and neighbours are merged
+    where all tensors allow it. Returns None where more than two axes remain.
     """
+    if mask is not None:
+        strides = [*strides, mask]
     order = [d for d in range(len(shape)) if d != axis and shape[d] != 1]
     order.sort(key=lambda d: strides[0][d], reverse=True)
     merged: list[tuple[int, list[int]]] = []
@@ -60,7 +74,23 @@ def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]], axis: int) 
     (N, stride_n), (S, stride_s) = [absent] * (2 - len(merged)) + merged
     C = shape[axis]
     stride_c = [s[axis] if C != 1 else 0 for s in strides]
-    return Layout(N, C, S, tuple(zip(stride_n, stride_c, stride_s, strict=True)))
+    triples = list(zip(stride_n, stride_c, stride_s, strict=True))
+    if mask is None:
+        return Layout(N, C, S, tuple(triples))
+    mask_n, _, mask_s = triples.pop()
+    return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
+
+
+def bits_shape(shape: Sequence[int], strides: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Bytes that hold a bit for every element of a dense tensor.
+
+    Each run of neighbouring elements starts with a byte: [N, C, ceil(S / 8)], or if the channels
+    are neighbours [N * S, ceil(C / 8)].
+    """
+    layout = collapse(shape, [strides], axis)
+    assert layout is not None, "a dense tensor has at most two runs of axes around the channel"
+    N, C, S = layout.N, layout.C, layout.S
+    return (N * S, _cdiv(C, 8)) if layout.channels_last else (N, C, _cdiv(S, 8))
 
 
 @dataclass(frozen=True)
@@ -85,14 +115,14 @@ class Plan:
     def grid(self) -> tuple[int]:
         return (self.channel_blocks * self.splits,)
 
-    def strides(self, layout: Layout) -> list[int]:
-        """Each tensor's strides as the kernels take them.
+    def strides(self, layout: Layout, tensors: Sequence[int]) -> list[int]:
+        """The strides of some of the layout's tensors as the kernels take them.
 
         Those of the outer, the other and the innermost axis, all but the last divided by `vec`,
         where the innermost axis is the channel if `channels_last` and else the inner reduced one.
         """
         flat = []
-        for n, c, s in layout.strides:
+        for n, c, s in (layout.strides[i] for i in tensors):
             other, inner = (s, c) if self.channels_last else (c, s)
             flat += [n // self.vec, other // self.vec, inner]
         return flat
@@ -104,20 +134,24 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def make_plan(layout: Layout, itemsize: int, device: Device) -> Plan:
-    """The plan for tensors of `itemsize` bytes an element in `layout` on `device`."""
+def make_plan(layout: Layout, itemsize: int, device: Device, bits: bool = False) -> Plan:
+    """The plan for tensors of `itemsize` bytes an element in `layout` on `device`.
+
+    With `bits` the tile holds whole bytes of one bit an element.
+    """
     N, C, S = layout.N, layout.C, layout.S
-    _, stride_c, stride_s = layout.strides[0]
-    channels_last = S == 1 or 0 < stride_c < stride_s
+    channels_last = layout.channels_last
+    least = 8 if bits else 1  # neighbouring elements of a tile
     vec = vector(layout, channels_last, 16 // itemsize)
     # Narrow accesses hold an address for every element in registers: halve the elements.
     bytes_per_thread = BYTES_PER_THREAD if vec * itemsize >= 8 else BYTES_PER_THREAD // 2
     elements = 32 * WARPS * bytes_per_thread // itemsize
     if channels_last:
-        block_c = min(_pow2_above(C), 64, 256 // itemsize)  # rows of whole cache lines
+        # Rows of whole cache lines
+        block_c = max(least, min(_pow2_above(C), 64, 256 // itemsize))
         block_s = min(_pow2_above(S), elements // block_c)
     else:
-        block_s = _inner_block(S, elements)
+        block_s = max(least, _inner_block(S, elements))
         # Small planes of neighbouring channels lie next to each other: take them in one run.
         block_c = min(_pow2_above(C), elements // block_s) if elements > 16 * S else 1
     block_n = min(_pow2_above(N), elements // (block_c * block_s))

@@ -6,23 +6,106 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from tribn.functional import batch_norm, batch_stats, check_input, check_tensor
+from tribn.activation import Activation, parse
+from tribn.functional import (
+    batch_norm,
+    batch_stats,
+    check_bool,
+    check_eps,
+    check_floating,
+    check_input,
+    check_number,
+    check_options,
+    check_tensor,
+)
 
 
-def _check_options(eps: float, momentum: float | None, channel_axis: int) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}: it must be positive")
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}: it must be in [0, 1], or None for an average")
-    if channel_axis not in (1, -1):
-        raise ValueError(f"channel_axis is {channel_axis}: it must be 1 or -1")
+def _check_num_features(num_features: object) -> None:
+    if not isinstance(num_features, int) or isinstance(num_features, bool):
+        raise TypeError(f"num_features is {num_features!r}: it must be an int")
+    if num_features < 0:
+        raise ValueError(f"num_features is {num_features}: it must not be negative")
+
+
+def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
+    """Gives buffers that were cast their dtype and their values back."""
+    for name, old in kept.items():
+        new = getattr(module, name)
+        if new.dtype != old.dtype:
+            setattr(module, name, old.to(new.device))
 
 
 class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     channel_axis: int
+    activation: Activation
+    order: str
+    nonfinite: str
+    correction: int
+    stats_dtype: torch.dtype | None
+    frozen: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _set(
+        self,
+        channel_axis: int,
+        activation: str | torch.nn.Module | Activation | None,
+        order: str,
+        nonfinite: str,
+        correction: int,
+        stats_dtype: torch.dtype | None,
+    ) -> None:
+        """Takes what torch.nn's layers do not have, and checks what they do not check."""
+        check_eps(self.eps)
+        if self.momentum is not None:
+            check_number("momentum", self.momentum)
+            if not 0 <= self.momentum <= 1:
+                raise ValueError(
+                    f"momentum is {self.momentum}: it must be in [0, 1], or None for an average"
+                )
+        for name in ("affine", "track_running_stats"):
+            check_bool(name, getattr(self, name))
+        for tensor in self._per_channel().values():
+            check_floating("dtype", tensor)
+        if channel_axis not in (1, -1) or not isinstance(channel_axis, int):
+            raise ValueError(f"channel_axis is {channel_axis}: it must be 1 or -1")
+        if stats_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"stats_dtype is {stats_dtype}: it must be torch.float32, torch.float64 or None"
+            )
+        check_options(order, nonfinite, correction)
+        self.channel_axis = channel_axis
+        self.activation = parse(activation)
+        self.order = order
+        self.nonfinite = nonfinite
+        self.correction = correction
+        self.stats_dtype = stats_dtype
+        self.frozen = False
+        for name, statistic in self._kept().items():
+            self._buffers[name] = statistic.to(self.stats_dtype)
+
+    def _per_channel(self) -> dict[str, Tensor]:
+        """The parameters and statistics that there are."""
+        tensors = {**self._parameters, **self._buffers}
+        names = ("weight", "bias", "running_mean", "running_var")
+        return {name: t for name in names if (t := tensors[name]) is not None}
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The statistics whose dtype no cast changes."""
+        return {
+            name: t
+            for name, t in self._per_channel().items()
+            if name.startswith("running") and self.stats_dtype and not is_lazy(t)
+        }
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         check_tensor("input", input)
         self._check_input_dim(input)
         C = input.shape[self.channel_axis]
@@ -31,9 +114,10 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
                 f"input of shape {tuple(input.shape)} has {C} channels in axis "
                 f"{self.channel_axis}: this layer has num_features={self.num_features}"
             )
+        training = self.training and not self.frozen
         # As in torch.nn: without running statistics, evaluation uses the batch's too.
-        batch = self.training or (self.running_mean is None and self.running_var is None)
-        tracked = self.track_running_stats or not self.training
+        batch = training or (self.running_mean is None and self.running_var is None)
+        tracked = self.track_running_stats or not training
         return batch_norm(
             input,
             self.running_mean if tracked else None,
@@ -45,7 +129,20 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             channel_axis=self.channel_axis,
             num_batches_tracked=self.num_batches_tracked if batch and tracked else None,
+            activation=self.activation,
+            order=self.order,
+            residual=residual,
+            mask=mask,
+            lengths=lengths,
+            nonfinite=self.nonfinite,
+            correction=self.correction,
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = self._kept()
+        super()._apply(fn, recurse)
+        _restore(self, kept)
+        return self
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
@@ -56,7 +153,21 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()
-        return text if self.channel_axis == 1 else f"{text}, channel_axis={self.channel_axis}"
+        others = {
+            "channel_axis": (self.channel_axis, 1),
+            "activation": (str(self.activation), "None"),
+            "order": (self.order, "norm_act"),
+            "nonfinite": (self.nonfinite, "propagate"),
+            "correction": (self.correction, 1),
+            "stats_dtype": (self.stats_dtype, None),
+            "frozen": (self.frozen, False),
+        }
+        return ", ".join(
+            [
+                text,
+                *(f"{name}={value}" for name, (value, usual) in others.items() if value != usual),
+            ]
+        )
 
 
 class _BatchNorm(_Layer):
@@ -72,12 +183,17 @@ class _BatchNorm(_Layer):
         *,
         bias: bool = True,
         channel_axis: int = 1,
+        activation: str | torch.nn.Module | Activation | None = None,
+        order: str = "norm_act",
+        nonfinite: str = "propagate",
+        correction: int = 1,
+        stats_dtype: torch.dtype | None = None,
     ) -> None:
-        _check_options(eps, momentum, channel_axis)
+        _check_num_features(num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.channel_axis = channel_axis
+        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -96,6 +212,10 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         device, dtype: of parameters and statistics.
         bias: learn a bias, if `affine`.
         channel_axis: 1, or -1 for the last axis.
+        activation, order, nonfinite, correction: see `tribn.functional.batch_norm`, and there
+            also `residual`, `mask` and `lengths`, which calls of the layer take.
+        stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
+            when the layer is cast, as by `.half()`; None for those that do not.
     """
 
 
@@ -127,21 +247,39 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, _Layer):
         *,
         bias: bool = True,
         channel_axis: int = 1,
+        activation: str | torch.nn.Module | Activation | None = None,
+        order: str = "norm_act",
+        nonfinite: str = "propagate",
+        correction: int = 1,
+        stats_dtype: torch.dtype | None = None,
     ) -> None:
-        _check_options(eps, momentum, channel_axis)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.channel_axis = channel_axis
+        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype)
 
     def initialize_parameters(self, input: Tensor) -> None:
         check_input(input, self.channel_axis, self.training)
         self._check_input_dim(input)
-        self.num_features = input.shape[self.channel_axis]
+        tensors = self._per_channel()
+        C = input.shape[self.channel_axis]
+        for name, tensor in tensors.items():
+            if tensor.device != input.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device} and input on {input.device}: move one to the "
+                    "other"
+                )
+            if not is_lazy(tensor) and len(tensor) != C:
+                raise ValueError(
+                    f"input of shape {tuple(input.shape)} has {C} channels in axis "
+                    f"{self.channel_axis}: the {name} that was loaded has {len(tensor)}"
+                )
+        self.num_features = C
         if self.has_uninitialized_params():
-            for tensor in (*self._parameters.values(), *self._buffers.values()):
-                if tensor is not None and torch.nn.parameter.is_lazy(tensor):
-                    tensor.materialize((self.num_features,))
+            for name, tensor in tensors.items():
+                if is_lazy(tensor):
+                    keep = self.stats_dtype if name.startswith("running") else None
+                    tensor.materialize((C,), dtype=keep)
             self.reset_parameters()
 
 
@@ -167,8 +305,8 @@ class StandardScaler(torch.nn.Module):
     """Standardizes the features of a training set: (x - mean_) / scale_, learned batch by batch.
 
     scikit-learn's StandardScaler in names and results, NaN aside, which is not skipped here. All
-    statistics are float64 tensors of shape (C,), C being `num_features`. Before the first batch
-    the layer is the identity.
+    statistics are float64 tensors of shape (C,), C being `num_features`, and stay so when the
+    module is cast. Before the first batch the layer is the identity.
 
     Attributes:
         mean_: mean of each feature.
@@ -184,6 +322,7 @@ class StandardScaler(torch.nn.Module):
 
     def __init__(self, num_features: int, device: Any = None) -> None:
         super().__init__()
+        _check_num_features(num_features)
         self.num_features = num_features
         ones = torch.ones(num_features, dtype=torch.float64, device=device)
         self.register_buffer("mean_", torch.zeros_like(ones))
@@ -225,15 +364,29 @@ class StandardScaler(torch.nn.Module):
     def inverse(self, z: Tensor) -> Tensor:
         """z * scale_ + mean_ in the dtype of z, which is floating: undoes `forward`."""
         self._check(z)
+        check_floating("z", z)
         shape = (-1,) + (1,) * (z.dim() - 2)
         return (z * self.scale_.view(shape) + self.mean_.view(shape)).to(z.dtype)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = {name: t for name, t in self._buffers.items() if t is not None}
+        super()._apply(fn, recurse)
+        _restore(self, kept)
+        return self
+
     def _check(self, x: Tensor) -> None:
         check_tensor("input", x)
+        if x.is_complex() or x.is_quantized:
+            raise TypeError(f"input is {x.dtype}: it must be a real number; convert it first")
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"input has shape {tuple(x.shape)}: it must be (N, {self.num_features}) or "
                 f"(N, {self.num_features}, ...)"
+            )
+        if x.device != self.mean_.device:
+            raise ValueError(
+                f"input is on {x.device} and this scaler on {self.mean_.device}: move one to the "
+                "other"
             )
 
     def extra_repr(self) -> str:

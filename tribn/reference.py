@@ -1,11 +1,11 @@
 """Batch normalization in plain PyTorch: the specification of the kernels, and what CPU tensors run.
 
 Every operator of `tribn.ops` has its function here, with the same arguments: `axis` is the channel
-axis, C its size, statistics are `accumulator(x.dtype)` tensors of shape (C,), outputs have the
-input's dtype and memory format. PyTorch's fused CPU operators do the work where they compute the
-same thing. Their reductions do so for a contiguous (batch, C, length) tensor with more than one
-element in length and not of half precision. On others they add up long sums in float32: those are
-converted first, to a layout and a dtype that are slower and exact.
+axis, C its size, statistics are `accumulator(y.dtype)` tensors of shape (C,), outputs have the
+input's memory format. PyTorch's fused CPU operators do the work where they compute the same thing.
+Their reductions do so for a contiguous (batch, C, length) tensor with more than one element in
+length and not of half precision. On others they add up long sums in float32: those are converted
+first, to a layout and a dtype that are slower and exact.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tribn.activation import Activation
+from tribn.launch import Layout, bits_shape, collapse
+
 aten = torch.ops.aten
 
 
@@ -23,14 +26,29 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def batch_stats(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count per channel; zeros for an empty batch."""
+def output(x: Tensor, residual: Tensor | None) -> Tensor:
+    """An output like x, of the dtype that adding the residual gives."""
+    if residual is None:
+        return torch.empty_like(x)
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def new_bits(y: Tensor, axis: int) -> Tensor:
+    """Room for a bit for every element of y, which is dense; see `tribn.launch.bits_shape`."""
+    return y.new_empty(bits_shape(y.shape, y.stride(), axis), dtype=torch.uint8)
+
+
+def batch_stats(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count per channel, where the mask is true; zeros for nothing."""
+    if mask is not None:
+        x, axis = _compact(x, mask, axis), 1
     if x.numel():
         rows = _rows(x, axis, _batch_first(x, axis))
         statistics = torch.batch_norm_update_stats(rows, None, None, 0.0)
         mean, var = _cast(accumulator(x.dtype), *statistics)
     else:
-        mean, var = torch.zeros(2, x.shape[axis], dtype=accumulator(x.dtype), device=x.device)
+        mean = x.new_zeros(x.shape[axis], dtype=accumulator(x.dtype))
+        var = torch.zeros_like(mean)
     return mean, var, torch.tensor(_count(x, axis), device=x.device)
 
 
@@ -38,19 +56,36 @@ def batch_norm_train(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    correction: int,
+    skip_nonfinite: bool,
     eps: float,
     axis: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    save_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Normalizes by the batch's statistics and updates the running ones, unless it is empty.
 
-    With `momentum` None the running statistics are the average over `num_batches_tracked` batches.
+    They move by `momentum`, or, if it is None, to the average over `num_batches_tracked` batches;
+    the variance only if there are more than `correction` values. With `skip_nonfinite` a channel
+    whose batch statistics are not finite leaves them alone. Returns y, mean, var, with a mask the
+    number of values that count, and the bits of `batch_norm_eval`.
     """
-    mean, var, _ = batch_stats(x, axis)
-    if x.numel():
+    dtype = accumulator(
+        torch.promote_types(x.dtype, x.dtype if residual is None else residual.dtype)
+    )
+    a = Activation(activation, p, q)(x.to(dtype)) if act_first else x
+    mean, var, count = batch_stats(a, mask, axis)
+    n = int(count)
+    if n:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         if running_mean is not None and running_var is not None:
@@ -60,11 +95,21 @@ def batch_norm_train(
                 factor = num_batches_tracked.to(mean.dtype).reciprocal()
             else:
                 factor = momentum
-            count = _count(x, axis)
-            unbiased = var * (count / (count - 1))
-            for running, new in ((running_mean, mean), (running_var, unbiased)):
-                running.copy_(running.to(new.dtype) * (1 - factor) + new * factor)
-    return batch_norm_eval(x, mean, var, weight, bias, eps, axis), mean, var
+            moves = torch.ones_like(mean, dtype=torch.bool)
+            if skip_nonfinite:
+                moves = mean.isfinite() & var.isfinite()
+            updates = [(running_mean, mean)]
+            if n > correction:
+                updates.append((running_var, var * (n / (n - correction))))
+            for running, new in updates:
+                moved = running.to(new.dtype) * (1 - factor) + new * factor
+                running.copy_(torch.where(moves, moved, running) if skip_nonfinite else moved)
+    mean, var = _cast(dtype, mean, var)
+    y, bits = batch_norm_eval(
+        *(x, mean, var, weight, bias, residual, mask, eps, axis),
+        *(activation, p, q, act_first, save_bits),
+    )
+    return y, mean, var, None if mask is None else count, bits
 
 
 def batch_norm_eval(
@@ -73,18 +118,40 @@ def batch_norm_eval(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
     eps: float,
     axis: int,
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias"""
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    save_bits: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), 0 where the mask is false.
+
+    With `act_first`, (act(x) - mean) / sqrt(var + eps) * weight + bias + residual. The bits tell
+    for which elements, where the mask is true, the activation's gradient is that of the identity.
+    """
+    y = output(x, residual)
     if not x.numel():
-        return torch.empty_like(x)
-    weight, bias, mean, var = _cast(accumulator(x.dtype), weight, bias, mean, var)
-    moved = x if axis == 1 else x.movedim(axis, 1)
-    y: Tensor = aten.native_batch_norm(moved, weight, bias, mean, var, False, 0.0, eps)[0]
-    if axis == 1 and y.stride() == torch.empty_like(x, device="meta").stride():
-        return y
-    return torch.empty_like(x).copy_(y.movedim(1, axis))
+        return y, new_bits(y, axis) if save_bits else None
+    if activation is None and residual is None and mask is None:
+        z = _normalize(x, mean, var, weight, bias, eps, axis)
+        return z if z.dtype == y.dtype and z.stride() == y.stride() else y.copy_(z), None
+    act = Activation(activation, p, q)
+    x = x.to(accumulator(y.dtype))
+    z = _normalize(act(x) if act_first else x, mean, var, weight, bias, eps, axis)
+    if residual is not None:
+        z = z + residual
+    bits = None
+    if save_bits:
+        on = act.backward(torch.ones_like(z), x if act_first else z) == 1
+        bits = pack(on if mask is None else on & mask.unsqueeze(axis), y, axis)
+    z = z if act_first else act(z)
+    if mask is not None:
+        z = z.masked_fill(~mask.unsqueeze(axis), 0)
+    return y.copy_(z), bits
 
 
 def batch_norm_backward(
@@ -93,43 +160,159 @@ def batch_norm_backward(
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor | None,
     eps: float,
     training: bool,
     axis: int,
-    mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, those that `mask` asks for.
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight, bias and residual, those that are wanted.
 
-    Training with xhat = (x - mean) * rstd, sums over the batch and its n values per channel:
-    dx = weight * rstd * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n), dweight = sum(dy * xhat),
-    dbias = sum(dy). Otherwise the statistics are constants and dx = weight * rstd * dy. `x` may be
-    None where nothing depends on it: dweight is not asked for, nor is dx in training.
+    Training with g = act'(z) * dy, xhat = (x - mean) * rstd, sums over the batch and its n values
+    per channel: dx = weight * rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n),
+    dweight = sum(g * xhat), dbias = sum(g), dresidual = g. Otherwise the statistics are constants
+    and dx = weight * rstd * g. With `act_first` g = dy, act(x) takes the place of x, and dx is
+    multiplied by act'(x). `x` may be None where nothing depends on it: dweight is not wanted, nor
+    is dx in training, and the activation's gradient is known from `bits`. `dtype` is that of dx.
     """
+    like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
+    exact = accumulator(dy.dtype)
+    act = Activation(activation, p, q)
+    g, source = dy, None
+    if activation is not None:
+        g = dy.to(exact)
+        if bits is not None:
+            source = unpack(bits, like, axis)
+        elif act_first and x is not None:
+            source = x.to(exact)
+        elif x is not None and x.numel():
+            source = _normalize(x.to(exact), mean, var, weight, bias, eps, axis)
+            source = source if residual is None else source + residual
+        if source is not None and not act_first:
+            g = act.backward(g, source)
+    a = act(x.to(exact)) if act_first and x is not None else x
+    if mask is None:
+        dx, dweight, dbias = _backward(g, a, mean, var, weight, eps, training, axis, wanted[:3])
+    else:
+        g = g.masked_fill(~mask.unsqueeze(axis), 0)
+        rows = (_compact(g, mask, axis), None if a is None else _compact(a, mask, axis))
+        dx, dweight, dbias = _backward(*rows, mean, var, weight, eps, training, 1, wanted[:3])
+        if dx is not None:
+            dx_rows, dx = dx, torch.zeros_like(like, dtype=dx.dtype)
+            dx.movedim(axis, -1)[mask] = dx_rows
+    if dx is not None:
+        if act_first and activation is not None and source is not None:
+            dx = act.backward(dx.to(exact), source)
+            dx = dx if mask is None else dx.masked_fill(~mask.unsqueeze(axis), 0)
+        if dx.dtype != dtype or dx.stride() != like.stride():
+            dx = torch.empty_like(like, dtype=dtype).copy_(dx)
+    dresidual = torch.empty_like(like, dtype=residual_dtype).copy_(g) if wanted[3] else None
+    return dx, dweight, dbias, dresidual
+
+
+def _normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias in the dtype of arithmetic.
+
+    PyTorch's operator multiplies before it subtracts, which cancels where the mean is large: it is
+    given x - mean.
+    """
+    weight, bias, mean, var = _cast(accumulator(x.dtype), weight, bias, mean, var)
+    moved = x.to(mean.dtype) if axis == 1 else x.to(mean.dtype).movedim(axis, 1)
+    moved = moved - mean.view(-1, *(1,) * (moved.dim() - 2))
+    zero = torch.zeros_like(mean)
+    y: Tensor = aten.native_batch_norm(moved, weight, bias, zero, var, False, 0.0, eps)[0]
+    return y if axis == 1 else y.movedim(1, axis)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    training: bool,
+    axis: int,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the normalization alone."""
     like = dy if x is None else x
     dtype = accumulator(like.dtype)
     if not like.numel():
         zeros = torch.zeros_like(mean, dtype=dtype)
-        dweight, dbias = (zeros.clone() if wanted else None for wanted in mask[1:])
-        return torch.empty_like(like) if mask[0] else None, dweight, dbias
+        dweight, dbias = (zeros.clone() if w else None for w in wanted[1:])
+        return torch.empty_like(like) if wanted[0] else None, dweight, dbias
     if x is None:
         weight, var = _cast(dtype, weight, var)
         scale = (var + eps).rsqrt()
         scale = scale if weight is None else weight * scale
         shape = [-1 if d == axis else 1 for d in range(dy.dim())]
         others = [d for d in range(dy.dim()) if d != axis]
-        dx = torch.empty_like(dy).copy_(dy * scale.view(shape)) if mask[0] else None
-        return dx, None, dy.sum(others, dtype=dtype) if mask[2] else None
+        dx = dy * scale.view(shape) if wanted[0] else None
+        return dx, None, dy.sum(others, dtype=dtype) if wanted[2] else None
     batch_first = _batch_first(x, axis)
     rows, dy_rows = (_rows(t, axis, batch_first) for t in (x, dy))
     weight, mean, var = _cast(rows.dtype, weight, mean, var)
     dx, dweight, dbias = aten.native_batch_norm_backward(
-        *(dy_rows, rows, weight, mean, var, mean, (var + eps).rsqrt(), training, eps, mask)
+        *(dy_rows, rows, weight, mean, var, mean, (var + eps).rsqrt(), training, eps, wanted)
     )
-    if mask[0] and batch_first:
+    if wanted[0] and batch_first:
         dx = aten._unsafe_view(dx.to(x.dtype), x.shape)
-    elif mask[0]:
+    elif wanted[0]:
         dx = torch.empty_like(x).copy_(dx.view(x.movedim(axis, 0).shape).movedim(0, axis))
     return dx, *_cast(dtype, dweight, dbias)
+
+
+def _compact(x: Tensor, mask: Tensor, axis: int) -> Tensor:
+    """What the mask counts in, as (n, C)."""
+    return x.movedim(axis, -1)[mask]
+
+
+def _runs(y: Tensor, axis: int) -> tuple[Layout, list[int]]:
+    """y, which is dense, seen as (N, C, S), and the order in which its neighbours are last."""
+    layout = collapse(y.shape, [y.stride()], axis)
+    assert layout is not None, "a dense tensor has at most two runs of axes around the channel"
+    return layout, [0, 2, 1] if layout.channels_last else [0, 1, 2]
+
+
+def pack(on: Tensor, y: Tensor, axis: int) -> Tensor:
+    """Truth values as bits, in the order of y's elements in memory."""
+    layout, order = _runs(y, axis)
+    runs = torch.empty_like(y, dtype=torch.bool).copy_(on)
+    runs = runs.as_strided((layout.N, layout.C, layout.S), layout.strides[0]).permute(order)
+    runs = torch.nn.functional.pad(runs, (0, -runs.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=y.device)
+    packed: Tensor = (runs * weights).sum(-1, dtype=torch.uint8)
+    return packed.reshape(new_bits(y, axis).shape)
+
+
+def unpack(bits: Tensor, y: Tensor, axis: int) -> Tensor:
+    """1 for every bit that is set and else -1, like y."""
+    layout, order = _runs(y, axis)
+    shape = (layout.N, layout.C, layout.S)
+    on: Tensor = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=y.device) & 1
+    runs = on.flatten(-2).view(*(shape[d] for d in order[:2]), -1)[..., : shape[order[2]]]
+    signs = torch.empty_like(y, dtype=accumulator(y.dtype))
+    signs.as_strided(shape, layout.strides[0]).copy_(runs.permute(order)).mul_(2).sub_(1)
+    return signs
 
 
 def _count(x: Tensor, axis: int) -> int:

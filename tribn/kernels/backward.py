@@ -10,9 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tribn.activation import Activation
+from tribn.kernels.activation import functions
 from tribn.kernels.host import Launcher, dense, lay_out
 from tribn.kernels.tile import (
     UNSPECIALIZED,
+    affine,
+    bit_offsets,
     load_or,
     merge_sums,
     offsets,
@@ -21,35 +25,44 @@ from tribn.kernels.tile import (
     reciprocal_std,
     reduced,
     store,
+    unmasked,
+    unpack,
 )
 from tribn.launch import COMBINE_C, MERGE, Plan
 from tribn.reference import accumulator
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def backward_reduce_kernel(
-    partials_ptr,  # [2, G, C] float64: sums of dy and of dy * (x - mean)
-    dx_ptr,  # [N, C, S], in evaluation only
-    mean_ptr,  # [C]
-    var_ptr,  # [C]
-    weight_ptr,  # [C]
-    x_ptr,  # [N, C, S]
-    dy_ptr,  # [N, C, S]
-    eps: tl.float64,
-    N: tl.int64,
-    C: tl.int64,
-    S: tl.int64,
-    stride_xn: tl.int64,
-    stride_xo: tl.int64,
-    stride_xi,
-    stride_dyn: tl.int64,
-    stride_dyo: tl.int64,
+@triton.jit
+def upstream(
+    tile,
+    n,
+    c,
+    s,
+    exists,  # of the tile
+    valid,  # of the tile, and counted in by the mask
+    mean,
+    scale,
+    bias,
+    p,
+    q,
+    dy_ptr,
+    x_ptr,
+    residual_ptr,
+    bits_ptr,
+    N,
+    C,
+    S,
+    stride_dyn,
+    stride_dyo,
     stride_dyi,
-    stride_dxn: tl.int64,
-    stride_dxo: tl.int64,
-    stride_dxi,
-    G,
-    tiles_per_split,
+    stride_xn,
+    stride_xo,
+    stride_xi,
+    stride_rn,
+    stride_ro,
+    stride_ri,
+    PRE: tl.constexpr,
+    GRAD: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -57,37 +70,138 @@ def backward_reduce_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The two sums of each split; without x the second is 0. Grid: (channel blocks * G,).
+    """GRAD(dy), PRE(x) and what the activation was applied to, of a tile.
 
-    In evaluation dx = weight * rstd * dy needs no sum and is written in the same pass.
+    Bits stand for the latter where there are any, as 1 and -1; else it is computed from x as
+    forward did. Where there is no x or no activation, dy stands in for it.
+    """
+    at = offsets(n, c, s, stride_dyn, stride_dyo, stride_dyi, VEC, CHANNELS_LAST)
+    g = tl.load(dy_ptr + at, exists, other=0.0).to(DTYPE)
+    source = g
+    x = g
+    if x_ptr is not None:
+        at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
+        x = tl.load(x_ptr + at, exists, other=0.0).to(DTYPE)
+        source = x
+        if PRE is not None:
+            x = PRE(x, p, q)
+    if bits_ptr is not None:
+        at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
+        source = unpack(tl.load(bits_ptr + at, whole, other=0), CHANNELS_LAST, DTYPE)
+    elif GRAD is not None:
+        source = affine(x, mean, scale, bias)
+        if residual_ptr is not None:
+            at = offsets(n, c, s, stride_rn, stride_ro, stride_ri, VEC, CHANNELS_LAST)
+            source += tl.load(residual_ptr + at, exists, other=0.0).to(DTYPE)
+    if GRAD is not None:
+        g = GRAD(g, source, p, q)
+    return tl.where(valid, g, 0.0), x, source
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_reduce_kernel(
+    partials_ptr,  # [2, G, C] float64: sums of g and of g * (PRE(x) - mean)
+    dx_ptr,  # [N, C, S], in evaluation only
+    dresidual_ptr,  # [N, C, S]
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    x_ptr,  # [N, C, S]
+    dy_ptr,  # [N, C, S]
+    residual_ptr,  # [N, C, S]
+    bits_ptr,  # a bit for every element of y: see tile.py
+    mask_ptr,  # [N, S]: 0 where the input does not count
+    eps: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    stride_dxn: tl.int64,
+    stride_dxo: tl.int64,
+    stride_dxi,
+    stride_xn: tl.int64,
+    stride_xo: tl.int64,
+    stride_xi,
+    stride_dyn: tl.int64,
+    stride_dyo: tl.int64,
+    stride_dyi,
+    stride_rn: tl.int64,
+    stride_ro: tl.int64,
+    stride_ri,
+    stride_mn,
+    stride_ms,
+    G,
+    tiles_per_split,
+    PRE: tl.constexpr,
+    PRE_GRAD: tl.constexpr,
+    GRAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The two sums of each split, g = GRAD(dy) being dresidual; without x the second sum is 0.
+
+    In evaluation dx = PRE_GRAD(weight * rstd * g) needs no sum and is written in the same pass.
+    Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
-    c, c_mask, g, first, last = program(
+    c, c_mask, group, first, last = program(
         pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
     )
     mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-    if dx_ptr is not None:
-        var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-        scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-        scale *= reciprocal_std(var, eps, DTYPE)
-    sum_dy = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-    sum_dy_x = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
+    var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
+    scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * reciprocal_std(var, eps, DTYPE)
+    bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+    p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
+    sum_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
+    sum_g_x = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
     for tile in range(first, last):
-        n, s, valid = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        mask = c_mask[:, None] & valid[None, :]
-        at = offsets(n, c, s, stride_dyn, stride_dyo, stride_dyi, VEC, CHANNELS_LAST)
-        dy = tl.load(dy_ptr + at, mask, other=0.0).to(DTYPE)
-        sum_dy += dy
+        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+        mask = c_mask[:, None] & exists[None, :]
+        g, x, source = upstream(
+            *(
+                tile,
+                n,
+                c,
+                s,
+                mask,
+                valid[None, :],
+                mean,
+                scale,
+                bias,
+                p,
+                q,
+                dy_ptr,
+                x_ptr,
+                residual_ptr,
+                bits_ptr,
+            ),
+            *(N, C, S, stride_dyn, stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi),
+            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, DTYPE, VEC, CHANNELS_LAST),
+            *(BLOCK_N, BLOCK_C, BLOCK_S),
+        )
+        sum_g += g
         if x_ptr is not None:
-            at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-            x = tl.load(x_ptr + at, mask, other=0.0).to(DTYPE)
-            sum_dy_x += tl.where(mask, dy * (x - mean[:, None]), 0.0)
+            sum_g_x += tl.where(valid[None, :], g * (x - mean[:, None]), 0.0)
+        at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + at, g, mask)
         if dx_ptr is not None:
-            at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
-            tl.store(dx_ptr + at, dy * scale[:, None], mask)
-    at = g * C + c
-    tl.store(partials_ptr + at, tl.sum(sum_dy, 1), c_mask)
-    tl.store(partials_ptr + G * C + at, tl.sum(sum_dy_x, 1), c_mask)
+            dx = g * scale[:, None]
+            if PRE_GRAD is not None:
+                dx = PRE_GRAD(dx, source, p, q)
+            if mask_ptr is not None:
+                dx = tl.where(valid[None, :], dx, 0.0)
+            tl.store(dx_ptr + at, dx, mask)
+    at = group * C + c
+    tl.store(partials_ptr + at, tl.sum(sum_g, 1), c_mask)
+    tl.store(partials_ptr + G * C + at, tl.sum(sum_g_x, 1), c_mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -125,25 +239,40 @@ def backward_dx_kernel(
     mean_ptr,  # [C]
     var_ptr,  # [C]
     weight_ptr,  # [C]
-    partials_ptr,  # [2, parts, C] float64: sums of dy and of dy * (x - mean), in training only
-    x_ptr,  # [N, C, S], in training only
+    bias_ptr,  # [C]
+    count_ptr,  # [] values of a channel that count, with a mask only
+    partials_ptr,  # [2, parts, C] float64: sums of g and of g * (PRE(x) - mean), in training only
+    x_ptr,  # [N, C, S], in training or if an activation needs it
     dy_ptr,  # [N, C, S]
+    residual_ptr,  # [N, C, S]
+    bits_ptr,  # a bit for every element of y: see tile.py
+    mask_ptr,  # [N, S]: 0 where the input does not count
     parts: tl.int64,
     eps: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
     N: tl.int64,
     C: tl.int64,
     S: tl.int64,
+    stride_dxn: tl.int64,
+    stride_dxo: tl.int64,
+    stride_dxi,
     stride_xn: tl.int64,
     stride_xo: tl.int64,
     stride_xi,
     stride_dyn: tl.int64,
     stride_dyo: tl.int64,
     stride_dyi,
-    stride_dxn: tl.int64,
-    stride_dxo: tl.int64,
-    stride_dxi,
+    stride_rn: tl.int64,
+    stride_ro: tl.int64,
+    stride_ri,
+    stride_mn,
+    stride_ms,
     G,
     tiles_per_split,
+    PRE: tl.constexpr,
+    PRE_GRAD: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
@@ -152,41 +281,71 @@ def backward_dx_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """dx = weight * rstd * (dy - sum(dy) / n - (x - mean) * rstd^2 * sum(dy * (x - mean)) / n).
+    """dx = PRE_GRAD(weight * rstd * (g - sum(g) / n - z * sum(g * z) / n)).
 
-    Without partials the statistics are constants: dx = weight * rstd * dy. Programs of the first
-    split store the parameters' gradients. In the reverse of `backward_reduce_kernel`'s order: what
-    it read last may still be in the cache. Grid: (channel blocks * G,).
+    With g = GRAD(dy) and z = (PRE(x) - mean) * rstd. Without partials the statistics are constants
+    and the sums left out. Programs of the first split store the parameters' gradients. In the
+    reverse of `backward_reduce_kernel`'s order: what it read last may still be in the cache.
+    Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    c, c_mask, g, first, last = program(
+    c, c_mask, group, first, last = program(
         pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
     )
+    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
     var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
     rstd = reciprocal_std(var, eps, DTYPE)
     scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * rstd
+    bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+    p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     if partials_ptr is not None:
-        mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-        sum_dy, sum_dy_x = merge_sums(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
-        if g == 0:
+        sum_g, sum_g_x = merge_sums(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
+        if group == 0:
             if dweight_ptr is not None:
-                store(dweight_ptr, c, sum_dy_x * rstd, c_mask)
+                store(dweight_ptr, c, sum_g_x * rstd, c_mask)
             if dbias_ptr is not None:
-                store(dbias_ptr, c, sum_dy, c_mask)
-        share = reciprocal(N * S)
-        offset = (sum_dy * share).to(DTYPE)
-        slope = (sum_dy_x * rstd * rstd * share).to(DTYPE)
+                store(dbias_ptr, c, sum_g, c_mask)
+        if count_ptr is not None:
+            share = reciprocal(tl.load(count_ptr))
+        else:
+            share = reciprocal(N * S)
+        offset = (sum_g * share).to(DTYPE)
+        slope = (sum_g_x * rstd * rstd * share).to(DTYPE)
     for tile in range(last - 1, first - 1, -1):
-        n, s, valid = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        mask = c_mask[:, None] & valid[None, :]
-        at = offsets(n, c, s, stride_dyn, stride_dyo, stride_dyi, VEC, CHANNELS_LAST)
-        dx = tl.load(dy_ptr + at, mask, other=0.0).to(DTYPE)
+        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+        mask = c_mask[:, None] & exists[None, :]
+        dx, x, source = upstream(
+            *(
+                tile,
+                n,
+                c,
+                s,
+                mask,
+                valid[None, :],
+                mean,
+                scale,
+                bias,
+                p,
+                q,
+                dy_ptr,
+                x_ptr,
+                residual_ptr,
+                bits_ptr,
+            ),
+            *(N, C, S, stride_dyn, stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi),
+            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, DTYPE, VEC, CHANNELS_LAST),
+            *(BLOCK_N, BLOCK_C, BLOCK_S),
+        )
         if partials_ptr is not None:
-            at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-            x = tl.load(x_ptr + at, mask, other=0.0).to(DTYPE)
             dx = dx - offset[:, None] - (x - mean[:, None]) * slope[:, None]
+        dx = dx * scale[:, None]
+        if PRE_GRAD is not None:
+            dx = PRE_GRAD(dx, source, p, q)
+        if mask_ptr is not None:
+            dx = tl.where(valid[None, :], dx, 0.0)
         at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
-        tl.store(dx_ptr + at, dx * scale[:, None], mask)
+        tl.store(dx_ptr + at, dx, mask)
 
 
 def backward_combine(
@@ -213,38 +372,75 @@ def batch_norm_backward(
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor | None,
     eps: float,
     training: bool,
     axis: int,
-    mask: list[bool],
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    wanted: list[bool],
     plan: Plan | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    like = dy if x is None else x
-    empty = torch.empty_like if dy.numel() else torch.zeros_like
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    wants_x, wants_weight, wants_bias, wants_residual = wanted
+    # Of the output's memory format, like all that is as large: dy has it where there is no x.
+    like = torch.empty_like(dy if x is None else x, dtype=dtype, device=None if wants_x else "meta")
+    allocate = torch.empty_like if dy.numel() else torch.zeros_like
     dweight, dbias = (
-        empty(mean, dtype=accumulator(dy.dtype)) if wanted else None for wanted in mask[1:]
+        allocate(mean, dtype=accumulator(dy.dtype)) if w else None
+        for w in (wants_weight, wants_bias)
     )
+    dx = like if wants_x else None
+    dresidual = None
+    if wants_residual:
+        dresidual = torch.empty_like(like, dtype=residual_dtype, device=dy.device)
     if not dy.numel():
-        return torch.empty_like(like) if mask[0] else None, dweight, dbias
-    mean, var, weight = dense(mean, var, weight)
-    # The kernels take strides of x, dy and dx: those of dy stand in for an absent tensor's.
-    inputs = (like, dy) if mask[0] else (like, dy, dy)
-    layout, (like, dy, out) = lay_out(axis, *inputs, out=mask[0])
-    x = None if x is None else like
-    dx = out if mask[0] else None
-    launch = Launcher.of(layout, dy, plan)
+        return dx, dweight, dbias, dresidual
+    layout, (x, dy, residual), mask = lay_out(axis, like, (x, dy, residual), mask, bits is not None)
+    launch = Launcher.of(layout, dy, plan, bits is not None)
+    act = Activation(activation, p, q)
+    constants = {
+        "PRE": functions(act)[0] if act_first else None,
+        "PRE_GRAD": functions(act)[1] if act_first and wants_x else None,
+        "GRAD": None if act_first else functions(act)[1],
+    }
+    mean, var, weight, bias = dense(mean, var, weight, bias)
+    numbers = (eps, p, q)
     partials, grads = None, (dweight, dbias)
-    if training or mask[1] or mask[2]:
+    if training or wants_weight or wants_bias or wants_residual:
         partials = dy.new_empty((2, launch.plan.splits, layout.C), dtype=torch.float64)
-        fused = None if training else dx
-        tensors = (partials, fused, mean, var, weight, x, dy)
-        launch(backward_reduce_kernel, *tensors, eps, tensors=3)
-        if launch.plan.combine or not (training and mask[0]):
-            partials = backward_combine(partials, dweight, dbias, var, eps)
+        written = None if training else dx
+        tensors = (mean, var, weight, bias, x, dy, residual, bits, mask)
+        launch(
+            backward_reduce_kernel,
+            *(partials, written, dresidual, *tensors, *numbers),
+            tensors=(0, 1, 2, 3),
+            **constants,
+        )
+        if launch.plan.combine or not (training and wants_x):
+            if training or wants_weight or wants_bias:
+                partials = backward_combine(partials, dweight, dbias, var, eps)
             grads = (None, None)
-    if mask[0] and (training or partials is None):
-        tensors = (dx, *grads, mean, var, weight, partials, x, dy)
+    if wants_x and (training or partials is None):
+        order = (0, 1, 2, 3)
+        if dresidual is not None and dresidual.dtype == dy.dtype and not act_first:
+            # It is what the activation's gradient made of dy, and laid out like dx.
+            dy, residual, bits, order = dresidual, None, None, (0, 1, 0, 3)
+            constants["GRAD"] = None
         parts = 1 if partials is None else partials.shape[1]
-        block_g = 1 if parts == 1 else MERGE
-        launch(backward_dx_kernel, *tensors, parts, eps, tensors=3, BLOCK_G=block_g)
-    return dx, dweight, dbias
+        launch(
+            backward_dx_kernel,
+            *(dx, *grads, mean, var, weight, bias, count, partials, x, dy, residual, bits, mask),
+            *(parts, *numbers),
+            tensors=order,
+            BLOCK_G=1 if parts == 1 else MERGE,
+            **constants,
+        )
+    return dx, dweight, dbias, dresidual

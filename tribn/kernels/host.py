@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tribn.launch import Device, Layout, Plan, collapse, make_plan
+from tribn.reference import new_bits
 
 INTERPRETER = Device(sms=2)  # few programs, yet several for each block of channels
 
@@ -22,19 +24,55 @@ def device_facts(device: torch.device) -> Device:
     return Device(sms=torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def lay_out(axis: int, *inputs: Tensor, out: bool) -> tuple[Layout, list[Tensor]]:
-    """The inputs, and with `out` an output like the first of them, seen as (N, C, S).
+def lay_out(
+    axis: int,
+    like: Tensor,
+    inputs: Sequence[Tensor | None],
+    mask: Tensor | None,
+    rows: bool = False,
+) -> tuple[Layout, list[Tensor | None], Tensor | None]:
+    """Tensors of the shape of `like`, which is dense, seen as (N, C, S) along with it.
 
-    Inputs that no strides can express so are copied into the memory format of the output.
+    The mask has no channel axis and becomes one of bytes. What no strides can express so is copied
+    into the memory format of `like`; with `rows` also what would cut its runs of neighbouring
+    elements into shorter ones.
     """
-    outputs = [torch.empty_like(inputs[0])] if out else []
-    tensors = [*inputs, *outputs]
-    layout = collapse(inputs[0].shape, [t.stride() for t in tensors], axis)
+
+    def collapsed() -> Layout | None:
+        strides = [(like if t is None else t).stride() for t in inputs]
+        around = None if mask is None else mask.unsqueeze(axis).stride()
+        layout = collapse(like.shape, [like.stride(), *strides], axis, around)
+        if rows and layout is not None:
+            own = collapse(like.shape, [like.stride()], axis)
+            return layout if own and (own.N, own.S) == (layout.N, layout.S) else None
+        return layout
+
+    layout = collapsed()
     if layout is None:
-        tensors = [*(torch.empty_like(inputs[0]).copy_(t) for t in inputs), *outputs]
-        layout = collapse(inputs[0].shape, [t.stride() for t in tensors], axis)
-        assert layout is not None, "around the channel, a dense tensor has at most two runs of axes"
-    return layout, tensors
+        inputs = [None if t is None else _copy(t, like) for t in inputs]
+        mask = None if mask is None else _copy(mask, like.select(axis, 0))
+        layout = collapsed()
+        assert layout is not None, "around the channel, dense tensors have two runs of axes at most"
+    return layout, list(inputs), None if mask is None else mask.view(torch.uint8)
+
+
+def _copy(t: Tensor, like: Tensor) -> Tensor:
+    """t in the memory format of another tensor."""
+    return torch.empty_like(like, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def prepare(
+    axis: int,
+    y: Tensor,
+    inputs: Sequence[Tensor | None],
+    mask: Tensor | None,
+    save_bits: bool,
+    plan: Plan | None,
+) -> tuple[Launcher, list[Tensor | None], Tensor | None, Tensor | None]:
+    """A launcher for the inputs of y, these and the mask laid out like it, and room for bits."""
+    layout, inputs, mask = lay_out(axis, y, inputs, mask, save_bits)
+    launch = Launcher.of(layout, y, plan, save_bits)
+    return launch, inputs, mask, new_bits(y, axis) if save_bits else None
 
 
 def dense(*statistics: Tensor | None) -> list[Any]:
@@ -51,19 +89,23 @@ class Launcher:
     dtype: tl.dtype  # of arithmetic
 
     @classmethod
-    def of(cls, layout: Layout, x: Tensor, plan: Plan | None) -> Launcher:
-        dtype = tl.float64 if x.dtype == torch.float64 else tl.float32
-        plan = plan or make_plan(layout, x.element_size(), device_facts(x.device))
-        return cls(layout, plan, dtype)
+    def of(cls, layout: Layout, y: Tensor, plan: Plan | None, bits: bool = False) -> Launcher:
+        """By the usual plan for the dtype and device of y, or of its gradient, if none is given."""
+        plan = plan or make_plan(layout, y.element_size(), device_facts(y.device), bits)
+        return cls(layout, plan, tl.float64 if y.dtype == torch.float64 else tl.float32)
 
-    def __call__(self, kernel: Any, *args: Any, tensors: int, **constants: Any) -> None:
-        """Appends to `args` what every kernel takes: sizes, strides of `tensors`, splits, tile."""
+    def __call__(self, kernel: Any, *args: Any, tensors: tuple[int, ...], **constants: Any) -> None:
+        """Appends to `args` what every kernel takes: sizes, strides, splits, tile.
+
+        The strides are those of the layout's `tensors`, and the mask's.
+        """
         layout, plan = self.layout, self.plan
         with torch.cuda.device_of(args[0]):
             kernel[plan.grid](
                 *args,
                 *(layout.N, layout.C, layout.S),
-                *plan.strides(layout)[: 3 * tensors],
+                *plan.strides(layout, tensors),
+                *layout.mask,
                 *(plan.splits, plan.tiles_per_split),
                 DTYPE=self.dtype,
                 VEC=plan.vec,

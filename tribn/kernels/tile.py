@@ -10,8 +10,8 @@ import triton.language as tl
 
 # Arguments that no kernel is compiled anew for: what alignment there is, VEC tells.
 UNSPECIALIZED = [
-    *("N", "C", "S", "G", "parts", "tiles_per_split"),
-    *("stride_xn", "stride_xo", "stride_yn", "stride_yo"),
+    *("N", "C", "S", "G", "parts", "tiles_per_split", "correction"),
+    *("stride_xn", "stride_xo", "stride_yn", "stride_yo", "stride_rn", "stride_ro"),
     *("stride_dyn", "stride_dyo", "stride_dxn", "stride_dxo"),
 ]
 
@@ -62,6 +62,14 @@ def reduced(
 
 
 @triton.jit
+def tile_count(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """How many reduced positions of a tile exist, an int64 scalar."""
+    blocks = tl.cdiv(S, BLOCK_S).to(tl.int32)
+    n = tl.minimum(N - (tile // blocks).to(tl.int64) * BLOCK_N, BLOCK_N)
+    return n * tl.minimum(S - (tile % blocks).to(tl.int64) * BLOCK_S, BLOCK_S)
+
+
+@triton.jit
 def offsets(n, c, s, stride_n, stride_o, stride_i, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Element offsets [BLOCK_C, BLOCK_N * BLOCK_S]; see `launch.Plan.strides` for the strides."""
     n, c, s = n[None, :], c[:, None], s[None, :]
@@ -71,12 +79,83 @@ def offsets(n, c, s, stride_n, stride_o, stride_i, VEC: tl.constexpr, CHANNELS_L
 
 
 @triton.jit
+def unmasked(exists, mask_ptr, n, s, stride_n, stride_s):
+    """Which of the positions that exist the mask counts in; all of them without a mask."""
+    if mask_ptr is None:
+        return exists
+    else:
+        return exists & (tl.load(mask_ptr + n * stride_n + s * stride_s, exists, other=0) != 0)
+
+
+# One bit for every element of a tensor: a row of bytes for every run of neighbouring elements,
+# [N, C, ceil(S / 8)] or, if the channels are neighbours, [N * S, ceil(C / 8)].
+
+
+@triton.jit
+def bit_offsets(
+    tile,
+    c,
+    N,
+    C,
+    S,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Offsets of the bytes of a tile, a eighth of it along the neighbours, and which exist."""
+    if CHANNELS_LAST:
+        n, s, valid = reduced(tile, N, S, 1, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        bytes_c = tl.cdiv(C, 8)
+        byte = tl.min(c, 0) // 8 + tl.arange(0, BLOCK_C // 8)
+        at = (n * S + s)[None, :] * bytes_c + byte[:, None]
+        return at, (byte < bytes_c)[:, None] & valid[None, :]
+    else:
+        bytes_s = tl.cdiv(S, 8)
+        n, byte, valid = reduced(tile, N, bytes_s, 1, CHANNELS_LAST, BLOCK_N, BLOCK_S // 8)
+        at = (n[None, :] * C + c[:, None]) * bytes_s + byte[None, :]
+        return at, (c < C)[:, None] & valid[None, :]
+
+
+@triton.jit
+def pack(on, CHANNELS_LAST: tl.constexpr):
+    """A tile of truth values as one of bytes."""
+    C: tl.constexpr = on.shape[0]
+    K: tl.constexpr = on.shape[1]
+    bit = tl.arange(0, 8)
+    if CHANNELS_LAST:
+        word = tl.sum(tl.reshape(on.to(tl.int32), [C // 8, 8, K]) << bit[None, :, None], 1)
+    else:
+        word = tl.sum(tl.reshape(on.to(tl.int32), [C, K // 8, 8]) << bit[None, None, :], 2)
+    return word.to(tl.uint8)
+
+
+@triton.jit
+def unpack(word, CHANNELS_LAST: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of bytes as one of numbers: 1 for every bit that is set and else -1."""
+    C: tl.constexpr = word.shape[0]
+    K: tl.constexpr = word.shape[1]
+    bit = tl.arange(0, 8)
+    if CHANNELS_LAST:
+        on = tl.reshape(word.to(tl.int32)[:, None, :] >> bit[None, :, None], [C * 8, K])
+    else:
+        on = tl.reshape(word.to(tl.int32)[:, :, None] >> bit[None, None, :], [C, K * 8])
+    return (2 * (on & 1) - 1).to(DTYPE)
+
+
+@triton.jit
+def affine(x, mean, scale, bias):
+    """(x - mean) * scale + bias: one rounding for the last two, so that backward repeats it."""
+    return tl.fma(x - mean[:, None], scale[:, None], bias[:, None])
+
+
+@triton.jit
 def reciprocal(count):
-    """1 / count in float64, for whole numbers: two steps of Newton's method from float32.
+    """1 / count in float64, for whole numbers, 0 counting as 1: float32 and two Newton steps.
 
     A division in float64 is a call, and costs registers and time that this does not.
     """
-    count = count.to(tl.float64)
+    count = tl.maximum(count.to(tl.float64), 1.0)
     r = (1.0 / count.to(tl.float32)).to(tl.float64)
     r = r * (2.0 - count * r)
     return r * (2.0 - count * r)
@@ -108,7 +187,6 @@ def merge_stats(
         count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0)
         count += tl.sum(count_g, 0)
         total += tl.sum(count_g * mean_g, 0)
-    count = tl.where(c_mask, count, 2.0)  # of absent channels: any from which 1 can be taken
     mean = total * reciprocal(count)
     for start in range(0, G, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
