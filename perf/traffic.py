@@ -1,14 +1,13 @@
 """Bytes that batch norm moves to and from memory: counted, not timed, so that no GPU is needed.
 
 The unit is N, the bytes of one activation tensor. A launch is charged each tensor of that size that
-it reads or writes, once; a mask has a bit for each element; what has one number per channel is left
-out. That is the DRAM traffic of tensors well above the size of the L2 cache; smaller ones, marked
-with a star, may stay in it from one launch to the next. Times are these bytes over the bandwidth in
-the datasheet, which no kernel quite reaches.
+it reads or writes, once, and for the bits that tell an activation's gradient N/16 in 16-bit types;
+what has one number per channel is left out. That is the DRAM traffic of tensors well above the size
+of the L2 cache; smaller ones, marked with a star, may stay in it from one launch to the next. Times
+are these bytes over the bandwidth in the datasheet, which no kernel quite reaches.
 
-torch.compile is what its partitioner and fusion make of a network by default; `two passes` is the
-least for kernels that read their input for the statistics and then once more; `single read`, the
-least of all, leaves it on the chip in between.
+torch.compile is what its partitioner and fusion make of a network by default. `single read` is the
+least a kernel can move: the input stays on the chip between the statistics and their use.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from rich.table import Table
 from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
 from perf.devices import GPUS, Gpu
 from perf.report import RESULTS, Report, count, directory, environment, write
-from tribn.launch import Device, Plan, collapse, make_plan
+from tribn.launch import Device, collapse, make_plan
 
 DIRECTIONS = ("forward", "backward", "eval")
 
@@ -49,7 +48,7 @@ class Kernel:
 
 def size(tensors: str, itemsize: int) -> float:
     """Of tensors of `itemsize` bytes an element, in units of N."""
-    return sum(1 / (8 * itemsize) if name == "mask" else 1 for name in tensors.split())
+    return sum(1 / (8 * itemsize) if name == "bits" else 1 for name in tensors.split())
 
 
 @dataclass(frozen=True)
@@ -74,108 +73,105 @@ REDUCE, DX = Kernel("backward_reduce", "x dy"), Kernel("backward_dx", "x dy", "d
 COMBINE = Kernel("combine", when_combined=True)
 BACKWARD_COMBINE = Kernel("backward_combine", when_combined=True)
 NORMALIZE_ADD = Kernel("normalize", "x residual", "y")
-
-ADD, ACTIVATION = Kernel("add", "x residual", "y"), Kernel("activation", "x", "y")
-# ReLU reads its output, the others their input: one tensor either way.
-ACTIVATION_BACKWARD = Kernel("activation_backward", "y dy", "dx")
-
-
-def unfused(bn: Model) -> dict[str, Model]:
-    """Torch's own kernels after batch norm, each of which goes through memory.
-
-    The gradient of the residual is the one that batch norm's output gets, and costs nothing.
-    """
-    act = Model(
-        forward=(*bn.forward, ACTIVATION),
-        backward=(ACTIVATION_BACKWARD, *bn.backward),
-        eval=(*bn.eval, ACTIVATION),
-        saved=f"{bn.saved} y",
-    )
-    add_act = replace(act, forward=(*bn.forward, ADD, ACTIVATION), eval=(*bn.eval, ADD, ACTIVATION))
-    return {"bn": bn, **activations(act), "bn_add_relu": add_act}
+NORMALIZE_ADD_KEEP = Kernel("normalize", "x residual", "y bits")
 
 
 def activations(model: Model) -> dict[str, Model]:
     return {f"bn_{name}": model for name in ("relu", "relu6", "silu")}
 
 
-EAGER_BN = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
-TRIBN_BN = Model((STATS, COMBINE, NORMALIZE), (REDUCE, BACKWARD_COMBINE, DX), (NORMALIZE,), "x")
-ONE_READ_BN = Model((NORMALIZE,), (DX,), (NORMALIZE,), "x")
+def eager() -> dict[str, Model]:
+    """Kernels of their own for what follows, each of which goes through memory.
+
+    The gradient of the residual is the one that batch norm's output gets, and costs nothing.
+    """
+    bn = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
+    add, activation = Kernel("add", "x residual", "y"), Kernel("activation", "x", "y")
+    # ReLU reads its output, the others their input: one tensor either way.
+    derivative = Kernel("activation_backward", "y dy", "dx")
+
+    def followed_by(*more: Kernel) -> Model:
+        forward, backward = (*bn.forward, *more), (derivative, *bn.backward)
+        return Model(forward, backward, (*bn.eval, *more), "x y")
+
+    return {
+        "bn": bn,
+        **activations(followed_by(activation)),
+        "bn_add_relu": followed_by(add, activation),
+    }
+
+
+def compiled() -> dict[str, Model]:
+    """What the partitioner and the fusion make of a network by default."""
+    bn = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
+    # The output, which the next layer keeps as well, says where ReLU was zero.
+    relu = replace(
+        bn,
+        backward=(
+            Kernel("backward_reduce", "x y dy"),
+            Kernel("backward_dx", "x y dy", "dx"),
+        ),
+        saved="x y",
+    )
+    add_relu = Model(
+        forward=(STATS, NORMALIZE_ADD),
+        backward=(
+            # 7 or 8, as the first kernel stores the residual's gradient or the second does, which
+            # depends on what else is fused: taken as half and half.
+            Kernel("backward_reduce", "x y dy", "dresidual", share=0.5),
+            Kernel("backward_dx", "x dresidual", "dx", share=0.5),
+            Kernel("backward_reduce", "x y dy", share=0.5),
+            Kernel("backward_dx", "x y dy", "dx dresidual", share=0.5),
+        ),
+        eval=(NORMALIZE_ADD,),
+        saved="x y",
+    )
+    # The derivatives of other activations are computed anew from x.
+    return {"bn": bn, **activations(bn), "bn_relu": relu, "bn_add_relu": add_relu}
+
+
+def two_passes() -> dict[str, Model]:
+    """tribn's: one pass for the statistics or sums, one with everything fused."""
+    bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, BACKWARD_COMBINE, DX), (NORMALIZE,), "x")
+    add_relu = Model(
+        forward=(STATS, COMBINE, NORMALIZE_ADD_KEEP),
+        # The second kernel takes up what the first made of dy.
+        backward=(Kernel("backward_reduce", "x dy bits", "dresidual"), BACKWARD_COMBINE, DX),
+        eval=(NORMALIZE_ADD,),
+        saved="x bits",
+    )
+    return {"bn": bn, **activations(bn), "bn_add_relu": add_relu}
+
+
+def single_read() -> dict[str, Model]:
+    """The least of all: the input stays on the chip between statistics and normalization."""
+    bn = Model((NORMALIZE,), (DX,), (NORMALIZE,), "x")
+    add_relu = Model(
+        forward=(NORMALIZE_ADD_KEEP,),
+        backward=(Kernel("backward_dx", "x dy bits", "dx dresidual"),),
+        eval=(NORMALIZE_ADD,),
+        saved="x bits",
+    )
+    return {"bn": bn, **activations(bn), "bn_add_relu": add_relu}
+
 
 # By path and operation
-PATHS: dict[str, dict[str, Model]] = {
-    "eager": unfused(EAGER_BN),
-    "torch.compile": {
-        "bn": EAGER_BN,
-        **activations(EAGER_BN),  # the derivative is computed anew from x
-        # The exception: the output, which the next layer keeps as well, says where ReLU was zero.
-        "bn_relu": replace(
-            EAGER_BN,
-            backward=(
-                Kernel("backward_reduce", "x y dy"),
-                Kernel("backward_dx", "x y dy", "dx"),
-            ),
-            saved="x y",
-        ),
-        "bn_add_relu": Model(
-            forward=(STATS, NORMALIZE_ADD),
-            backward=(
-                # 7 or 8, as the first kernel stores the residual's gradient or the second does,
-                # which depends on what else is fused; taken as half and half.
-                Kernel("backward_reduce", "x y dy", "dresidual", share=0.5),
-                Kernel("backward_dx", "x dresidual", "dx", share=0.5),
-                Kernel("backward_reduce", "x y dy", share=0.5),
-                Kernel("backward_dx", "x y dy", "dx dresidual", share=0.5),
-            ),
-            eval=(NORMALIZE_ADD,),
-            saved="x y",
-        ),
-    },
-    "tribn": unfused(TRIBN_BN),
-    "two passes": {
-        "bn": EAGER_BN,
-        **activations(EAGER_BN),
-        "bn_add_relu": Model(
-            forward=(STATS, Kernel("normalize", "x residual", "y mask")),
-            backward=(
-                Kernel("backward_reduce", "x dy mask", "dresidual"),
-                Kernel("backward_dx", "x dresidual", "dx"),
-            ),
-            eval=(NORMALIZE_ADD,),
-            saved="x mask",
-        ),
-    },
-    "single read": {
-        "bn": ONE_READ_BN,
-        **activations(ONE_READ_BN),
-        "bn_add_relu": Model(
-            forward=(Kernel("normalize", "x residual", "y mask"),),
-            backward=(Kernel("backward_dx", "x dy mask", "dx dresidual"),),
-            eval=(NORMALIZE_ADD,),
-            saved="x mask",
-        ),
-    },
+PATHS = {
+    "eager": eager(),
+    "torch.compile": compiled(),
+    "tribn": two_passes(),
+    "single read": single_read(),
 }
 FLOOR = "single read"
-
-
-def plan_of(layer: Layer, layout: str, itemsize: int, gpu: Gpu, tensors: int) -> Plan:
-    """tribn's plan for so many tensors of the layer."""
-    stride = strides(layer.shape, layout)
-    collapsed = collapse(layer.shape, [stride] * tensors, axis=1)
-    assert collapsed is not None, "the tensors are dense"
-    return make_plan(collapsed, itemsize, Device(gpu.sms))
 
 
 def row(layer: Layer, layout: str, itemsize: int, gpu: Gpu) -> dict[str, Any]:
     """A layer's traffic on every path."""
     n = math.prod(layer.shape) * itemsize
-    plans = {
-        direction: plan_of(layer, layout, itemsize, gpu, tensors)
-        for direction, tensors in (("forward", 2), ("backward", 3), ("eval", 2))
-    }
     models = {path: ops[layer.op] for path, ops in PATHS.items()}
+    tensors = collapse(layer.shape, [strides(layer.shape, layout)], axis=1)
+    assert tensors is not None, "they are dense"
+    plan = make_plan(tensors, itemsize, Device(gpu.sms), bits="bits" in models["tribn"].saved)
     return {
         "shape": layer.shape,
         "op": layer.op,
@@ -189,7 +185,7 @@ def row(layer: Layer, layout: str, itemsize: int, gpu: Gpu) -> dict[str, Any]:
         "saved": {path: size(model.saved, itemsize) for path, model in models.items()},
         "tribn_launches": {
             direction: len(models["tribn"].kernels(direction, plan.combine))
-            for direction, plan in plans.items()
+            for direction in DIRECTIONS
         },
         "floor_us": {
             direction: models[FLOOR].units(direction, itemsize) * n / gpu.bandwidth * 1e6

@@ -11,7 +11,7 @@ from perf.figures.style import BLUE, ORANGE, new_figure, tidy, title
 
 COLORS = {"forward": BLUE, "backward": ORANGE}
 NAMES = {"bn": "BN", "relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU"}
-BOUNDS = {"two passes", "single read"}  # drawn paler than what runs
+BOUND = "single read"  # drawn paler than what runs
 
 
 def draw(report: dict[str, Any]) -> dict[str, tuple[Figure, str]]:
@@ -53,7 +53,7 @@ def bars(axes: Axes, units: dict[str, dict[str, float]], text: str, characters: 
         widths = [of[direction] for of in units.values()]
         drawn = axes.barh(list(units), widths, left=left, color=color, label=direction)
         for path, bar in zip(units, drawn, strict=True):
-            bar.set_alpha(0.5 if path in BOUNDS else 1)
+            bar.set_alpha(0.5 if path == BOUND else 1)
         left = [sum(pair) for pair in zip(left, widths, strict=True)]
     axes.bar_label(drawn, [f"{total:.1f}" for total in left], padding=3, fontsize=9)
     axes.margins(x=0.15)
@@ -68,7 +68,7 @@ def caption(report: dict[str, Any]) -> str:
     return (
         "Bytes counted, not timed: tensors of the activation's size that are read and written, by "
         f"the mean over all bytes ({report['dtype']}{batch}); above the size of the L2 cache. "
-        "tribn: the loads and stores of its kernels in Triton's interpreter, and torch's kernels "
-        "after them; eager, torch.compile: a model of their kernels. Pale: the least for kernels "
-        f"that read their input twice, or once. tribn {taken['tribn']} ({taken['revision']})."
+        "tribn: held to the loads and stores of its kernels in Triton's interpreter; eager and "
+        "torch.compile: a model of their kernels. Pale: the least for a kernel, its input read "
+        f"once. tribn {taken['tribn']} ({taken['revision']})."
     )
