@@ -14,16 +14,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -38,16 +37,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from perf.cases import DTYPES, LAYOUTS, NETS, SETS, layers, strides
+from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
 from perf.devices import GPUS
 from perf.report import RESULTS, Report, directory, environment, write
-from tribn import kernels
+from tribn import kernels, ops
+from tribn.functional import batch_norm
 from tribn.kernels import host
 from tribn.launch import Device
 
 Row = dict[str, Any]
 
-KEY = ("target", "kernel", "tensors", "constants", "warps")  # tells a row from every other
 FIELDS = ("registers", "spills", "shared", "loads", "stores", "ctas_per_sm", "warps_per_sm")
 
 SCHEDULERS = 4  # of a multiprocessor, each with registers of its own
@@ -103,12 +102,12 @@ class Resources:
 
 
 @contextmanager
-def absent(target: str, key: object) -> Iterator[None]:
-    """Launchers and compiler see `target`. Kernels are cached by `key`."""
+def absent(target: str) -> Iterator[None]:
+    """Launchers and compiler see the target."""
     wanted = TARGETS[target]
     device = mock.Mock()
     device.get_current_target.return_value = wanted.gpu
-    device.get_current_device.return_value = key
+    device.get_current_device.return_value = target  # the key of Triton's cache of kernels
     device.get_current_stream.return_value = 0
     with (
         mock.patch.object(driver, "_active", device),
@@ -129,75 +128,88 @@ def compiling(target: str) -> Iterator[list[Any]]:
     def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append(run(self, *args, warmup=True, **kwargs))
 
-    with absent(target, key=target), mock.patch.object(JITFunction, "run", compile_only):
+    with absent(target), mock.patch.object(JITFunction, "run", compile_only):
         yield compiled
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A kernel as it would be compiled, which any process can do."""
+class Variant(NamedTuple):
+    """A kernel as it is compiled for a target: what tells a row of the table from every other."""
 
     target: str
-    module: str
-    name: str
-    specialization: str  # Triton's JSON
+    kernel: str
+    tensors: str  # by type
+    constants: str
+    warps: int
 
-    def compile(self) -> Any:
-        with absent(self.target, key=self.target):
-            return getattr(import_module(self.module), self.name).preload(self.specialization)
-
-    def labels(self) -> dict[str, Any]:
-        """What tells it from others: target, types of the tensors, constants, warps."""
-        data = json.loads(self.specialization)
-        signature = data["signature"]
-        names = list(signature)
+    @classmethod
+    def of(cls, target: str, kernel: Any, args: Any, kwargs: Any) -> Variant:
+        """By what Triton's own cache of kernels goes by."""
+        *_, backend, binder = kernel.device_caches[driver.active.get_current_device()]
+        arguments, specialization, options = binder(*args, **kwargs)
         tensors: dict[str, list[str]] = {}
-        for name, kind in signature.items():
+        constants: dict[str, Any] = {}
+        for (name, value), (kind, special) in zip(arguments.items(), specialization, strict=True):
             if kind.startswith("*"):
                 tensors.setdefault(kind[1:], []).append(name.removesuffix("_ptr"))
-        constants = {
-            names[index]: value
-            for (index, *_), value in zip(data["constant_keys"], data["constant_vals"], strict=True)
-            if value is not None
-        }
-        for (index, *_), attributes in zip(data["attrs_keys"], data["attrs_vals"], strict=True):
-            if attributes and not signature[names[index]].startswith("*"):
-                constants[names[index]] = "multiple of 16"
-        return {
-            "target": self.target,
-            "kernel": self.name.removesuffix("_kernel"),
-            "tensors": ", ".join(f"{kind} {' '.join(of)}" for kind, of in tensors.items()),
-            "constants": ", ".join(f"{name} {value}" for name, value in constants.items()),
-            "warps": data["options"]["num_warps"],
-        }
+            elif kind != "constexpr":
+                constants |= {name: "multiple of 16"} if special else {}
+            elif value is not None:
+                constants[name] = getattr(value, "__name__", value)
+        return cls(
+            target,
+            kernel.__name__.removesuffix("_kernel"),
+            ", ".join(f"{kind} {' '.join(names)}" for kind, names in tensors.items()),
+            ", ".join(f"{name} {value}" for name, value in constants.items()),
+            backend.parse_options(options).num_warps,
+        )
 
 
-def variants(target: str, shapes: Iterable[tuple[int, ...]]) -> dict[Variant, str]:
-    """What the operators launch on tensors of these shapes, each with its first example."""
-    found: dict[Variant, str] = {}
+class Launch(NamedTuple):
+    compile: Callable[[], Any]
+    example: str
 
-    def skip_compilation(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        variant = Variant(target, fn.module, fn.name, compile["specialization_data"])
-        found.setdefault(variant, f"{'x'.join(map(str, shape))} {dtype} {layout}")
-        return True
 
-    with (
-        absent(target, key=object()),  # a new key: nothing is compiled yet
-        mock.patch.object(knobs.runtime, "jit_cache_hook", skip_compilation),
-    ):
-        for shape, layout, dtype in product(shapes, LAYOUTS, DTYPES):
-            stride = strides(shape, layout)
-            launch(torch.empty_strided(shape, stride, dtype=DTYPES[dtype], device="meta"))
+def variants(target: str, chosen: Iterable[Layer]) -> dict[Variant, Launch]:
+    """What these layers launch, each distinct kernel once, with the first launch of it."""
+    found: dict[Variant, Launch] = {}
+    run = JITFunction.run
+
+    def collect(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = Launch(partial(run, self, *args, grid=grid, warmup=True, **kwargs), example)
+        found.setdefault(Variant.of(target, self, args, kwargs), launch)
+
+    with absent(target), mock.patch.object(JITFunction, "run", collect):
+        for layer, layout, dtype in product(chosen, LAYOUTS, DTYPES):
+            example = f"{layer} {layer.op} {dtype} {layout}"
+            stride = strides(layer.shape, layout)
+            x = torch.empty_strided(layer.shape, stride, dtype=DTYPES[dtype], device="meta")
+            train_and_evaluate(x, layer)
     return found
 
 
-def launch(x: Tensor) -> None:
-    """What a module launches in training, forward and backward, and in evaluation."""
-    c = torch.empty(x.shape[1], device="meta")
+cached_variants = cache(variants)
+
+
+def train_and_evaluate(x: Tensor, layer: Layer) -> None:
+    """Launches what a module does in training, forward and backward, and in evaluation."""
+    weight, bias, *running = (torch.empty(x.shape[1], device="meta") for _ in range(4))
     counter = torch.empty((), dtype=torch.int64, device="meta")
-    kernels.batch_norm_train(x, c, c, c, c, counter, 0.1, 1e-5, 1)
-    kernels.batch_norm_backward(x, x, c, c, c, 1e-5, True, 1, [True] * 3)
-    kernels.batch_norm_eval(x, c, c, c, c, 1e-5, 1)
+    residual = torch.empty_like(x) if layer.residual else None
+
+    def apply(training: bool) -> Tensor:
+        return batch_norm(
+            *(x, *running, weight, bias, training),
+            num_batches_tracked=counter,
+            activation=layer.activation,
+            residual=residual,
+        )
+
+    # Tensors of the meta device would not get as far as the launchers.
+    with mock.patch.multiple(ops, **{name: getattr(kernels, name) for name in kernels.__all__}):
+        apply(training=False)
+        leaves = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
+        y = apply(training=True)
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
 
 
 def resources(kernel: Any) -> Resources:
@@ -213,12 +225,9 @@ def resources(kernel: Any) -> Resources:
         code = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code))
-        widths = {"ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+        accesses = r"\b(?:global|buffer)_{}_[us]?(byte|short|dword(?:x\d)?)"
         loads, stores = (
-            Counter(
-                widths[m]
-                for m in re.findall(rf"\b(?:global|buffer)_{op}_(dwordx?\d?|u?short)", code)
-            )
+            Counter(_amd_bytes(m) for m in re.findall(accesses.format(op), code))
             for op in ("load", "store")
         )
     about = kernel.metadata
@@ -248,6 +257,10 @@ def _nvidia_bytes(suffix: str) -> int:
     return int(narrow[1]) // 8 if narrow else 4
 
 
+def _amd_bytes(suffix: str) -> int:
+    return {"byte": 1, "short": 2, "dword": 4}.get(suffix) or 4 * int(suffix[-1])
+
+
 def warps_per_sm(target: str, registers: int) -> int:
     """Warps of so many registers a thread that a multiprocessor holds."""
     of = TARGETS[target]
@@ -266,12 +279,14 @@ def round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def row(variant: Variant) -> Row:
-    """Compiles it and says what it needs."""
-    needs = resources(variant.compile())
+def row(chosen: tuple[Layer, ...], variant: Variant) -> Row:
+    """Compiles a variant, which any process finds again among its layers, and tells its needs."""
+    launch = cached_variants(variant.target, chosen)[variant]
+    with absent(variant.target):
+        needs = resources(launch.compile())
     ctas = ctas_per_sm(variant.target, needs)
     return {
-        **variant.labels(),
+        **variant._asdict(),
         "registers": needs.registers,
         "spills": needs.spills,
         "shared": needs.shared,
@@ -279,6 +294,7 @@ def row(variant: Variant) -> Row:
         "stores": widths(needs.stores),
         "ctas_per_sm": ctas,
         "warps_per_sm": ctas * needs.warps,
+        "example": launch.example,
     }
 
 
@@ -287,25 +303,25 @@ def widths(accesses: Counter[int]) -> str:
     return " ".join(f"{accesses[width]}x{width}" for width in sorted(accesses, reverse=True))
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+def key(row: Row) -> Variant:
+    return Variant(*(row[name] for name in Variant._fields))
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
     """A line for each row that was added, removed or changed."""
     old, new = ({key(row): row for row in rows} for rows in (before, after))
     lines = []
-    for which in [*new, *(which for which in old if which not in new)]:
-        target, kernel, tensors, constants, warps = which
+    for variant in [*new, *(variant for variant in old if variant not in new)]:
+        target, kernel, tensors, constants, warps = variant
         name = f"{target} {kernel}: {tensors}; {constants}; {warps} warps"
-        if which not in old:
+        if variant not in old:
             lines.append(f"+ {name}")
-        elif which not in new:
+        elif variant not in new:
             lines.append(f"- {name}")
         elif differences := [
-            f"{field} {old[which][field]} -> {new[which][field]}"
+            f"{field} {old[variant][field]} -> {new[variant][field]}"
             for field in FIELDS
-            if old[which][field] != new[which][field]
+            if old[variant][field] != new[variant][field]
         ]:
             lines.append(f"  {name}: {', '.join(differences)}")
     return lines
@@ -357,19 +373,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def compile_all(examples: dict[Variant, str]) -> list[Row]:
+def compile_all(chosen: tuple[Layer, ...], targets: Iterable[str]) -> list[Row]:
     """A row for each variant, in as many processes as there are processors."""
+    found = [variant for target in targets for variant in variants(target, chosen)]
     with (
         Progress() as progress,
         ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool,
     ):
-        rows = progress.track(
-            pool.map(row, examples, chunksize=4), total=len(examples), description="compile"
-        )
-        return [
-            {**row, "example": example}
-            for row, example in zip(rows, examples.values(), strict=True)
-        ]
+        rows = pool.map(partial(row, chosen), found, chunksize=4)
+        return list(progress.track(rows, total=len(found), description="compile"))
 
 
 def last_saved(path: Path, rows: Sequence[Row], part: bool) -> list[Row]:
@@ -387,11 +399,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = [target for target in TARGETS if target in arguments.targets]
     chosen = [name for name in (arguments.net, arguments.set) if name]
     names = chosen or [*NETS, *SETS]
-    shapes = dict.fromkeys(layer.shape for name in names for layer in layers(name))
-    examples: dict[Variant, str] = {}
-    for target in targets:
-        examples |= variants(target, shapes)
-    rows = sorted(compile_all(examples), key=key)
+    distinct = dict.fromkeys(replace(layer, count=1) for name in names for layer in layers(name))
+    rows = sorted(compile_all(tuple(distinct), targets), key=key)
 
     saved = arguments.out / "codegen.json"
     before = last_saved(saved, rows, part=bool(chosen)) if saved.exists() else None

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -20,15 +21,17 @@ from perf.__main__ import main
 from perf.cases import Layer
 from perf.codegen import (
     FIELDS,
-    KEY,
     TARGETS,
     Resources,
+    Variant,
+    absent,
     changes,
     compiling,
     ctas_per_sm,
     key,
     resources,
     row,
+    train_and_evaluate,
     variants,
     warps_per_sm,
 )
@@ -171,26 +174,26 @@ def test_ctas_per_multiprocessor(target, registers, warps, shared, ctas):
     assert ctas_per_sm(target, needs(registers, warps, shared)) == ctas
 
 
+LAYER = Layer((32, 64, 56, 56), "relu", residual=True)
+
+
 def test_waves_are_those_llvm_counts():
     with compiling("gfx942") as compiled:
-        codegen.launch(tensor(*TENSORS["odd planes"][:3]))
+        train_and_evaluate(tensor(*TENSORS["odd planes"][:3]), LAYER)
     for kernel in compiled:
         waves = int(re.search(r"; Occupancy: (\d+)", kernel.asm["amdgcn"])[1])
         assert warps_per_sm("gfx942", resources(kernel).registers) == 4 * waves
 
 
-SHAPE = (32, 64, 56, 56)
-
-
-def test_shapes_that_share_a_kernel_share_a_row():
-    found = variants("sm_90", [SHAPE])
-    again = variants("sm_90", [SHAPE, (64, 64, 56, 56), (32, 128, 56, 56)])
-    assert found.keys() == again.keys()
-    assert found == again  # the first shape is the example
-    assert found.keys() < variants("sm_90", [SHAPE, (32, 64, 7, 7)]).keys()
-    labels = [key(variant.labels()) for variant in found]
-    assert len(set(labels)) == len(labels)
-    assert {variant.name for variant in found} >= {f"{name}_kernel" for name in TENSOR_KERNELS}
+def test_layers_that_share_a_kernel_share_a_row():
+    found = variants("sm_90", [LAYER])
+    larger = replace(LAYER, shape=(64, 64, 56, 56)), replace(LAYER, shape=(32, 128, 56, 56))
+    again = variants("sm_90", [LAYER, *larger])
+    assert list(again) == list(found)
+    assert all(again[variant].example == found[variant].example for variant in found)
+    assert found.keys() < variants("sm_90", [LAYER, replace(LAYER, shape=(32, 64, 7, 7))]).keys()
+    assert found.keys() != variants("sm_90", [replace(LAYER, activation="silu")]).keys()
+    assert {variant.kernel for variant in found} >= TENSOR_KERNELS
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -198,12 +201,14 @@ def test_variants_are_what_the_launchers_compile(target, monkeypatch):
     monkeypatch.setattr(codegen, "DTYPES", {"bf16": BF16})
     monkeypatch.setattr(codegen, "LAYOUTS", ["channels_first"])
     with compiling(target) as compiled:
-        codegen.launch(tensor(SHAPE, CONTIGUOUS, BF16))
-    found = {variant.compile().hash for variant in variants(target, [SHAPE])}
-    assert found == {kernel.hash for kernel in compiled}
+        train_and_evaluate(tensor(LAYER.shape, CONTIGUOUS, BF16), LAYER)
+    with absent(target):
+        found = [launch.compile() for launch in variants(target, [LAYER]).values()]
+    assert {kernel.hash for kernel in found} == {kernel.hash for kernel in compiled}
+    assert len(found) == len({kernel.hash for kernel in found})
 
 
-ROW = {**dict.fromkeys([*KEY, *FIELDS], "same"), "example": "8x4"}
+ROW = {**dict.fromkeys([*Variant._fields, *FIELDS], "same"), "example": "8x4"}
 
 
 def test_changes():
@@ -259,10 +264,8 @@ def test_table_and_what_changed_since_the_last(one_layer, tmp_path, monkeypatch,
 def test_other_processes_compile(one_layer, tmp_path):
     main(["codegen", "--targets", "sm_90", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "codegen-sm_90.json").read_text())["rows"]
-    found = variants("sm_90", [(64, 8)])
-    assert rows == sorted(
-        [{**row(variant), "example": example} for variant, example in found.items()], key=key
-    )
+    chosen = (Layer((64, 8)),)
+    assert rows == sorted([row(chosen, v) for v in variants("sm_90", chosen)], key=key)
 
 
 @pytest.mark.parametrize(
