@@ -74,6 +74,7 @@ COMBINE = Kernel("combine", when_combined=True)
 BACKWARD_COMBINE = Kernel("backward_combine", when_combined=True)
 NORMALIZE_ADD = Kernel("normalize", "x residual", "y")
 NORMALIZE_ADD_KEEP = Kernel("normalize", "x residual", "y bits")
+TORCH_BN = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
 
 
 def activations(model: Model) -> dict[str, Model]:
@@ -85,17 +86,20 @@ def eager() -> dict[str, Model]:
 
     The gradient of the residual is the one that batch norm's output gets, and costs nothing.
     """
-    bn = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
     add, activation = Kernel("add", "x residual", "y"), Kernel("activation", "x", "y")
     # ReLU reads its output, the others their input: one tensor either way.
     derivative = Kernel("activation_backward", "y dy", "dx")
 
     def followed_by(*more: Kernel) -> Model:
-        forward, backward = (*bn.forward, *more), (derivative, *bn.backward)
-        return Model(forward, backward, (*bn.eval, *more), "x y")
+        return Model(
+            forward=(*TORCH_BN.forward, *more),
+            backward=(derivative, *TORCH_BN.backward),
+            eval=(*TORCH_BN.eval, *more),
+            saved="x y",
+        )
 
     return {
-        "bn": bn,
+        "bn": TORCH_BN,
         **activations(followed_by(activation)),
         "bn_add_relu": followed_by(add, activation),
     }
@@ -103,10 +107,9 @@ def eager() -> dict[str, Model]:
 
 def compiled() -> dict[str, Model]:
     """What the partitioner and the fusion make of a network by default."""
-    bn = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
     # The output, which the next layer keeps as well, says where ReLU was zero.
     relu = replace(
-        bn,
+        TORCH_BN,
         backward=(
             Kernel("backward_reduce", "x y dy"),
             Kernel("backward_dx", "x y dy", "dx"),
@@ -127,7 +130,8 @@ def compiled() -> dict[str, Model]:
         saved="x y",
     )
     # The derivatives of other activations are computed anew from x.
-    return {"bn": bn, **activations(bn), "bn_relu": relu, "bn_add_relu": add_relu}
+    others = activations(TORCH_BN)
+    return {"bn": TORCH_BN, **others, "bn_relu": relu, "bn_add_relu": add_relu}
 
 
 def two_passes() -> dict[str, Model]:
