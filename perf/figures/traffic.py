@@ -66,9 +66,9 @@ def caption(report: dict[str, Any]) -> str:
     taken = report["environment"]
     batch = f", batch {report['batch']}" if report["batch"] else ""
     return (
-        "Bytes counted, not timed: tensors of the activation's size that are read and written, by "
-        f"the mean over all bytes ({report['dtype']}{batch}); above the size of the L2 cache. "
-        "tribn: held to the loads and stores of its kernels in Triton's interpreter; eager and "
-        "torch.compile: a model of their kernels. Pale: the least for a kernel, its input read "
-        f"once. tribn {taken['tribn']} ({taken['revision']})."
+        "Bytes counted, not timed: tensors of the activation's size read and written, weighted by "
+        f"size ({report['dtype']}{batch}). Holds for tensors larger than the L2 cache. tribn: checked "
+        "against the loads and stores of its kernels in Triton's interpreter; eager and "
+        "torch.compile: a model of their kernels. Pale: the least possible, the input read once. "
+        f"tribn {taken['tribn']} ({taken['revision']})."
     )
