@@ -67,8 +67,8 @@ def caption(report: dict[str, Any]) -> str:
     batch = f", batch {report['batch']}" if report["batch"] else ""
     return (
         "Bytes counted, not timed: tensors of the activation's size read and written, weighted by "
-        f"size ({report['dtype']}{batch}). Holds for tensors larger than the L2 cache. tribn: checked "
-        "against the loads and stores of its kernels in Triton's interpreter; eager and "
+        f"size ({report['dtype']}{batch}). Holds for tensors larger than the L2 cache. tribn: "
+        "checked against the loads and stores of its kernels in Triton's interpreter; eager and "
         "torch.compile: a model of their kernels. Pale: the least possible, the input read once. "
         f"tribn {taken['tribn']} ({taken['revision']})."
     )
