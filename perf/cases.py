@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("channels-first", "channels-last")
 DIRECTIONS = ("forward", "backward", "both", "eval")
 
 
@@ -201,3 +205,13 @@ def layers(name: str, batch: int | None = None) -> list[Layer]:
         return SETS[name]
     usual, build = NETS[name]
     return build(batch or usual)
+
+
+def strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Of a dense tensor, in elements."""
+    axes = [0, *range(2, len(shape)), 1] if layout == "channels-last" else range(len(shape))
+    found, step = [0] * len(shape), 1
+    for axis in reversed(axes):
+        found[axis] = step
+        step *= shape[axis]
+    return tuple(found)
