@@ -38,14 +38,15 @@ class Layer:
     def minimum_bytes(self, direction: str, itemsize: int) -> int:
         """What must move if every tensor is read or written once.
 
-        Forward and eval: input, residual, output. Backward: input, and the gradients of output,
-        input and residual. With a residual, forward keeps a bit per element for backward: where
-        the activation was cut off.
+        Forward and eval: input, residual, output. Backward: input, and the gradients of output and
+        input. With a residual and then an activation forward keeps a bit per element for backward,
+        where the activation was cut off, and the residual has a gradient of its own.
         """
-        tensors, mask = 2 + self.residual, self.residual / 8
+        tensors = 2 + self.residual
+        cut = self.residual and self.activation is not None
         counts = {
-            "forward": tensors * itemsize + mask,
-            "backward": (tensors + 1) * itemsize + mask,
+            "forward": tensors * itemsize + cut / 8,
+            "backward": (3 + cut) * itemsize + cut / 8,
             "eval": tensors * itemsize,
         }
         counts["both"] = counts["forward"] + counts["backward"]

@@ -28,7 +28,7 @@ from perf.devices import GPUS, Gpu
 from perf.report import RESULTS, Report, count, directory, environment, write
 from tribn.launch import Device, collapse, make_plan
 
-DIRECTIONS = ("forward", "backward", "eval")
+PASSES = ("forward", "backward", "eval")
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,15 @@ def eager() -> dict[str, Model]:
     derivative = Kernel("activation_backward", "y dy", "dx")
 
     def followed_by(*more: Kernel) -> Model:
-        return Model(
-            forward=(*TORCH_BN.forward, *more),
-            backward=(derivative, *TORCH_BN.backward),
-            eval=(*TORCH_BN.eval, *more),
-            saved="x y",
-        )
+        model = replace(TORCH_BN, forward=(*TORCH_BN.forward, *more), eval=(*TORCH_BN.eval, *more))
+        if activation not in more:
+            return model
+        return replace(model, backward=(derivative, *TORCH_BN.backward), saved="x y")
 
     return {
         "bn": TORCH_BN,
         **activations(followed_by(activation)),
+        "bn_add": followed_by(add),
         "bn_add_relu": followed_by(add, activation),
     }
 
@@ -130,13 +129,20 @@ def compiled() -> dict[str, Model]:
         saved="x y",
     )
     # The derivatives of other activations are computed anew from x.
-    others = activations(TORCH_BN)
-    return {"bn": TORCH_BN, **others, "bn_relu": relu, "bn_add_relu": add_relu}
+    add = replace(TORCH_BN, forward=(STATS, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
+    return {
+        "bn": TORCH_BN,
+        **activations(TORCH_BN),
+        "bn_relu": relu,
+        "bn_add": add,
+        "bn_add_relu": add_relu,
+    }
 
 
 def two_passes() -> dict[str, Model]:
     """tribn's: one pass for the statistics or sums, one with everything fused."""
     bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, BACKWARD_COMBINE, DX), (NORMALIZE,), "x")
+    add = replace(bn, forward=(STATS, COMBINE, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
     add_relu = Model(
         forward=(STATS, COMBINE, NORMALIZE_ADD_KEEP),
         # The second kernel takes up what the first made of dy.
@@ -144,19 +150,20 @@ def two_passes() -> dict[str, Model]:
         eval=(NORMALIZE_ADD,),
         saved="x bits",
     )
-    return {"bn": bn, **activations(bn), "bn_add_relu": add_relu}
+    return {"bn": bn, **activations(bn), "bn_add": add, "bn_add_relu": add_relu}
 
 
 def single_read() -> dict[str, Model]:
     """The least of all: the input stays on the chip between statistics and normalization."""
     bn = Model((NORMALIZE,), (DX,), (NORMALIZE,), "x")
+    add = replace(bn, forward=(NORMALIZE_ADD,), eval=(NORMALIZE_ADD,))
     add_relu = Model(
         forward=(NORMALIZE_ADD_KEEP,),
         backward=(Kernel("backward_dx", "x dy bits", "dx dresidual"),),
         eval=(NORMALIZE_ADD,),
         saved="x bits",
     )
-    return {"bn": bn, **activations(bn), "bn_add_relu": add_relu}
+    return {"bn": bn, **activations(bn), "bn_add": add, "bn_add_relu": add_relu}
 
 
 # By path and operation
@@ -183,17 +190,16 @@ def row(layer: Layer, layout: str, itemsize: int, gpu: Gpu) -> dict[str, Any]:
         "bytes": n,
         "fits_l2": n <= gpu.l2,
         "units": {
-            path: {direction: model.units(direction, itemsize) for direction in DIRECTIONS}
+            path: {direction: model.units(direction, itemsize) for direction in PASSES}
             for path, model in models.items()
         },
         "saved": {path: size(model.saved, itemsize) for path, model in models.items()},
         "tribn_launches": {
-            direction: len(models["tribn"].kernels(direction, plan.combine))
-            for direction in DIRECTIONS
+            direction: len(models["tribn"].kernels(direction, plan.combine)) for direction in PASSES
         },
         "floor_us": {
             direction: models[FLOOR].units(direction, itemsize) * n / gpu.bandwidth * 1e6
-            for direction in DIRECTIONS
+            for direction in PASSES
         },
     }
 
@@ -207,12 +213,12 @@ def totals(rows: Sequence[dict[str, Any]], gpu: Gpu) -> list[dict[str, Any]]:
 
     found = []
     for path in PATHS:
-        units = {d: mean([row["units"][path][d] for row in rows]) for d in DIRECTIONS}
+        units = {d: mean([row["units"][path][d] for row in rows]) for d in PASSES}
         both = units["forward"] + units["backward"]
         found.append(
             {
                 "path": path,
-                "units": {**units, "forward + backward": both},
+                "units": {**units, "both": both},
                 "saved": mean([row["saved"][path] for row in rows]),
                 "floor_ms": both * sum(weights) / gpu.bandwidth * 1e3,
             }
@@ -227,7 +233,7 @@ def described(model: Model, itemsize: int) -> dict[str, Any]:
             {**asdict(kernel), "units": kernel.units(itemsize)}
             for kernel in getattr(model, direction)
         ]
-        for direction in DIRECTIONS
+        for direction in PASSES
     }
     return {**kernels, "saved": model.saved}
 
@@ -315,7 +321,7 @@ def total_table(report: Report) -> Table:
         caption=f"ms at the {gpu['bandwidth'] / 1e12:.3g} TB/s in the datasheet of {gpu['name']}",
         box=SIMPLE_HEAD,
     )
-    headings = [*DIRECTIONS, "forward + backward"]
+    headings = ["forward", "backward", "both", "eval"]
     for heading in (*headings, "saved", "ms"):
         table.add_column(heading, justify="right")
     for total in report["totals"]:

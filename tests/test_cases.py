@@ -64,6 +64,10 @@ def test_ops():
         (Layer((4, 8, 2)), {"forward": 2, "backward": 3, "both": 5, "eval": 2}),
         (Layer((4, 8, 2), "relu"), {"forward": 2, "backward": 3, "both": 5, "eval": 2}),
         (
+            Layer((4, 8, 2), residual=True),
+            {"forward": 3, "backward": 3, "both": 6, "eval": 3},
+        ),
+        (
             Layer((4, 8, 2), "relu", residual=True),
             {"forward": 3 + 1 / 16, "backward": 4 + 1 / 16, "both": 7 + 1 / 8, "eval": 3},
         ),

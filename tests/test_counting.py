@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 
 import tribn
-from perf.cases import Layer
+from perf.cases import OPS, Layer
 from perf.counting import counting
 from perf.devices import Gpu
 from perf.traffic import PATHS, Kernel, row, size
 from tribn.kernels import host
 from tribn.launch import Device
 
-OPS = PATHS["tribn"]
+MODELS = PATHS["tribn"]
 LARGE = {"x", "y", "dy", "dx", "residual", "dresidual", "bits"}
 
 CASES = [
@@ -34,14 +34,14 @@ CASES = [
 
 def apply(op, t, training, grad=True):
     """The operation, and the tensors that may want gradients."""
-    residual = torch.zeros_like(t.x) if "add" in op else None
+    residual = torch.zeros_like(t.x) if OPS[op].residual else None
     tensors = [None if v is None else v.detach() for v in (t.x, t.weight, t.bias, residual)]
     leaves = [v.requires_grad_(grad) for v in tensors if v is not None]
     x, weight, bias, residual = tensors
     y = tribn.functional.batch_norm(
         *(x, t.running_mean, t.running_var, weight, bias, training),
         channel_axis=t.channel_axis,
-        activation=None if op == "bn" else op.split("_")[-1],
+        activation=OPS[op].activation,
         residual=residual,
     )
     return y, leaves
@@ -74,7 +74,7 @@ def assert_agree(launches, kernels, x):
 def test_layouts_and_dtypes(case):
     t = Inputs.of(case)
     for direction, launches in measure("bn", t).items():
-        assert_agree(launches, OPS["bn"].kernels(direction, combine=False), t.x)
+        assert_agree(launches, MODELS["bn"].kernels(direction, combine=False), t.x)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -82,7 +82,7 @@ def test_layouts_and_dtypes(case):
 def test_operations(op, layout):
     t = Inputs.of(Case((3, 16, 4, 8), BF16, layout, layout))
     for direction, launches in measure(op, t).items():
-        assert_agree(launches, OPS[op].kernels(direction, combine=False), t.x)
+        assert_agree(launches, MODELS[op].kernels(direction, combine=False), t.x)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_launches_of_a_layer_are_those_of_its_row(layout, case, short_splits, mo
     t = Inputs.of(case)
     for direction, launches in measure("bn", t).items():
         assert len(launches) == expected[direction]
-        assert_agree(launches, OPS["bn"].kernels(direction, combine=True), t.x)
+        assert_agree(launches, MODELS["bn"].kernels(direction, combine=True), t.x)
 
 
 def test_backward_of_evaluation():
