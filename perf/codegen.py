@@ -224,7 +224,8 @@ def resources(kernel: Any) -> Resources:
     else:
         code = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code))
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
         accesses = r"\b(?:global|buffer)_{}_[us]?(byte|short|dword(?:x\d)?)"
         loads, stores = (
             Counter(_amd_bytes(m) for m in re.findall(accesses.format(op), code))

@@ -143,8 +143,11 @@ def make_plan(layout: Layout, itemsize: int, device: Device, bits: bool = False)
     channels_last = layout.channels_last
     least = 8 if bits else 1  # neighbouring elements of a tile
     vec = vector(layout, channels_last, 16 // itemsize)
-    # Narrow accesses hold an address for every element in registers: halve the elements.
-    bytes_per_thread = BYTES_PER_THREAD if vec * itemsize >= 8 else BYTES_PER_THREAD // 2
+    # Narrow accesses hold an address for every element in registers, and small planes the numbers
+    # of several channels besides: fewer elements.
+    bytes_per_thread = BYTES_PER_THREAD
+    if vec * itemsize < 8:
+        bytes_per_thread //= 2 if channels_last else 4
     elements = 32 * WARPS * bytes_per_thread // itemsize
     if channels_last:
         # Rows of whole cache lines

@@ -182,7 +182,7 @@ def normalize_kernel(
     mask_ptr,  # [N, S]: 0 where the input does not count and the output is 0
     parts: tl.int64,
     momentum: tl.float64,
-    correction: tl.int64,
+    correction: tl.float64,
     eps: tl.float64,
     p: tl.float64,
     q: tl.float64,
@@ -235,16 +235,18 @@ def normalize_kernel(
             if running_mean_ptr is not None:
                 if CUMULATIVE:
                     momentum = reciprocal(tl.load(num_batches_tracked_ptr))
-                moves = c_mask & (count > 0)
+                moves = c_mask
+                if mask_ptr is not None:
+                    moves = moves & (count > 0)
                 if SKIP_NONFINITE:
                     moves = moves & (tl.abs(mean) < float("inf")) & (m2 < float("inf"))
-                moved = mean * momentum
                 running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-                store(running_mean_ptr, c, running - running * momentum + moved, moves)
-                moves = moves & (count > correction)
-                moved = m2 * reciprocal(count - correction) * momentum
+                store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves)
+                if mask_ptr is not None:
+                    moves = moves & (count > correction)
+                unbiased = m2 * reciprocal(count - correction)
                 running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-                store(running_var_ptr, c, running - running * momentum + moved, moves)
+                store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves)
             if count_ptr is not None:
                 if pid == 0:
                     total = tl.max(count, 0).to(tl.int64)
@@ -313,7 +315,7 @@ def normalize(
     launch(
         normalize_kernel,
         *(y, bits, *tensors),
-        *(parts, momentum or 0.0, correction, eps, activation.p, activation.q),
+        *(parts, momentum or 0.0, float(correction), eps, activation.p, activation.q),
         tensors=(0, 1, 2),
         CUMULATIVE=momentum is None,
         SKIP_NONFINITE=skip_nonfinite,
