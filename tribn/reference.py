@@ -187,6 +187,8 @@ def batch_norm_backward(
     """
     like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
     exact = accumulator(dy.dtype)
+    if x is not None and exact == torch.float64:
+        x = x.double()  # a residual may have made dy wider than x
     act = Activation(activation, p, q)
     g, source = dy, None
     if activation is not None:
