@@ -491,8 +491,7 @@ def compose(
     channel_axis=1, activation=None, order="norm_act", residual=None, mask=None,
 ):  # fmt: skip
     """batch_norm by torch's own operators, one after another, on what the mask counts in."""
-    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    act = act or torch.nn.Identity()
+    act = ACTIVATIONS.get(activation, activation) or torch.nn.Identity()
     if mask is not None:
         rows = [None if t is None else t.movedim(channel_axis, -1)[mask] for t in (x, residual)]
         y = compose(
@@ -517,8 +516,8 @@ def converted(values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# torch's gradient of hardsigmoid has 1/6 in float32, whatever the dtype.
-_EXACT = {"hardsigmoid": lambda z: torch.nn.functional.relu6(z + 3) / 6}
+# torch's gradient of hardsigmoid has 1/6 in float32, whatever the dtype, and no derivative.
+EXACT = {"hardsigmoid": lambda z: torch.nn.functional.relu6(z + 3) / 6}
 STEEPEST = 1.5  # the largest derivative of an activation: hardswish at 3
 
 
@@ -529,7 +528,8 @@ def fused_exact(inputs: Inputs, training: bool, options: dict[str, Any]) -> dict
     no measure of itself: it is taken to lose as many ulps as it loses in float32.
     """
     t, o = Inputs(**converted(vars(inputs), F64)), converted(options, F64)
-    o["activation"] = act = _EXACT.get(o["activation"], ACTIVATIONS.get(o["activation"]))
+    name = o["activation"]
+    o["activation"] = act = EXACT.get(name, ACTIVATIONS.get(name, name))
     results = run(compose, t, training, **o)
 
     def rows(x: Tensor) -> Tensor:
