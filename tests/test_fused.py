@@ -77,15 +77,14 @@ def test_as_accurate_as_torchs_composition(case, device):
     assert_as_accurate_as_torch(inputs, case.training, options)
 
 
-@MODES
 @pytest.mark.parametrize("residual", [*DTYPES, torch.int64, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtype_is_that_of_the_addition(dtype, residual, training, device):
+def test_dtype_is_that_of_the_addition(dtype, residual, device):
     t = Inputs.of(Case((3, 2, 6), dtype), device)
     options = {"activation": "leaky_relu", "order": "norm_act"}
     options["residual"] = (t.dy * 2).abs().to(residual)
     t = replace(t, dy=t.dy.to((t.x + options["residual"]).dtype))
-    assert_as_accurate_as_torch(t, training, options)
+    assert_as_accurate_as_torch(t, True, options)
 
 
 MODULES = [
@@ -213,3 +212,153 @@ def test_every_activation_can_be_differentiated_twice(activation, order, device)
         (dx,) = torch.autograd.grad(y, x, t.dy, create_graph=True)
         grads.append((dx, *torch.autograd.grad(dx, x, t.dy)))
     torch.testing.assert_close(*grads)
+
+
+# What is kept for backward
+
+X, RESIDUAL, BITS = "x", "residual", "bits"
+KEPT = [  # training, activation, order, with a residual, gradients wanted: what is kept
+    (True, None, "norm_act", False, "x weight bias", {X}),
+    (True, None, "norm_act", True, "x weight bias residual", {X}),
+    (True, None, "norm_act", True, "bias residual", set()),
+    *[(True, a, "norm_act", False, "x weight bias", {X}) for a in ACTIVATIONS],
+    *[(True, a, "norm_act", True, "x weight bias residual", {X, BITS}) for a in ONE_BIT],
+    *[(True, a, "norm_act", True, "residual", {BITS}) for a in ONE_BIT],
+    (True, "relu", "norm_act", False, "bias", {BITS}),
+    (True, "relu", "norm_act", True, "weight", {X, BITS}),
+    *[(True, a, "norm_act", True, "x weight bias residual", {X, RESIDUAL})
+      for a in ACTIVATIONS if a not in ONE_BIT],
+    (True, "gelu", "norm_act", False, "bias", {X}),
+    (True, "gelu", "norm_act", True, "residual", {X, RESIDUAL}),
+    *[(True, a, "act_norm", True, "x weight bias residual", {X}) for a in ACTIVATIONS],
+    (True, "relu", "act_norm", True, "x", {X}),
+    (True, "silu", "act_norm", True, "weight", {X}),
+    (True, "silu", "act_norm", True, "bias residual", set()),
+    (False, None, "norm_act", True, "x bias residual", set()),
+    (False, None, "norm_act", False, "x weight", {X}),
+    *[(False, a, "norm_act", False, "x", {BITS}) for a in ONE_BIT],
+    *[(False, a, "act_norm", True, "x bias residual", {BITS}) for a in ONE_BIT],
+    (False, "relu", "norm_act", False, "x weight bias", {X}),
+    (False, "relu", "norm_act", True, "x bias residual", {BITS}),
+    (False, "relu", "norm_act", True, "x weight bias residual", {X, BITS}),
+    (False, "relu", "act_norm", True, "x weight bias residual", {X}),
+    (False, "relu", "act_norm", True, "bias residual", set()),
+    (False, "mish", "norm_act", False, "x", {X}),
+    (False, "mish", "norm_act", True, "x", {X, RESIDUAL}),
+    (False, "mish", "act_norm", True, "x", {X}),
+    (False, "mish", "act_norm", True, "bias residual", set()),
+]  # fmt: skip
+
+
+class Storages:
+    """The bytes of every storage that is saved for backward while this is entered."""
+
+    def __enter__(self):
+        self.tensors = []
+        self.hooks = saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.hooks.__exit__(*exception)
+
+    def pack(self, tensor):
+        self.tensors.append(tensor)
+        return tensor
+
+    @property
+    def bytes(self):
+        storages = (tensor.untyped_storage() for tensor in self.tensors)
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def address(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("training", "activation", "order", "residual", "wanted", "kept"),
+    KEPT,
+    ids=["-".join(map(str, row[:5])).replace(" ", "+") for row in KEPT],
+)
+def test_kept_for_backward(training, activation, order, residual, wanted, kept, layout, device):
+    t = Inputs.of(Case((3, 5, 3, 3), layout=layout), device)
+    tensors = {"x": t.x, "weight": t.weight, "bias": t.bias}
+    if residual:
+        tensors["residual"] = LAYOUTS[layout](t.dy * 2)
+    leaves = {n: v.detach().requires_grad_(n in wanted.split()) for n, v in tensors.items()}
+    options = {"activation": activation, "order": order, "residual": leaves.get("residual")}
+    stats = (t.running_mean, t.running_var)
+    with Storages() as saved:
+        y = batch_norm(leaves["x"], *stats, leaves["weight"], leaves["bias"], training, **options)
+    large = {name for name in (X, RESIDUAL) if name in tensors}
+    assert {n for n in large if address(tensors[n]) in saved.bytes} == kept - {BITS}
+    given = {address(v) for v in (*tensors.values(), *stats)}
+    new = sum(size for at, size in saved.bytes.items() if at not in given)
+    bits = (3 * 5 * 2 if layout == "contiguous" else 3 * 9 * 1) if BITS in kept else 0
+    assert new == bits + 2 * 5 * 4 * training, "bits, and mean and variance"
+
+    names = wanted.split()
+    some = torch.autograd.grad(y, [leaves[name] for name in names], t.dy)
+    tensors = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    y = batch_norm(
+        *(tensors["x"], *stats, tensors["weight"], tensors["bias"], training),
+        **options | {"residual": tensors.get("residual")},
+    )
+    every = torch.autograd.grad(y, [tensors[name] for name in names], t.dy)
+    torch.testing.assert_close(some, every, rtol=1e-6, atol=1e-6)
+
+
+@MODES
+def test_a_mask_keeps_itself_and_a_count(training, device):
+    t = Inputs.of(Case(SHAPE), device)
+    mask = torch.rand(3, 9, device=device) < 0.5
+    with Storages() as saved:
+        batch_norm(
+            *(t.x.requires_grad_(), t.running_mean, t.running_var, t.weight, t.bias, training),
+            mask=mask,
+            activation="relu",
+        )
+    given = (t.running_mean, t.running_var, t.weight, t.bias)
+    sizes = [size for at, size in saved.bytes.items() if at not in set(map(address, given))]
+    small = [8, *[5 * 4] * 2] if training else []
+    large = t.x.numel() * 4 if training else 3 * 5 * 2
+    assert sorted(sizes) == sorted([*small, mask.numel(), large])
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_hooks_may_change_the_strides_of_what_is_kept(layout, device):
+    """As torch.autograd.graph.save_on_cpu does with pinned memory."""
+    t = Inputs.of(Case((3, 9, 3, 4), layout=layout, dy_layout=layout), device)
+    x, residual = t.x.requires_grad_(), t.dy.flip(0)
+    grads = []
+    for pack in (lambda tensor: tensor, lambda tensor: tensor.contiguous()):
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            options = {"activation": "relu", "residual": residual}
+            y = batch_norm(x, None, None, t.weight, t.bias, True, **options)
+        grads += torch.autograd.grad(y, x, t.dy)
+    torch.testing.assert_close(*grads)
+
+
+# Bits
+
+
+BIT_SHAPES = [(3, 5, 9), (2, 8, 16), (2, 3, 7), (17, 6), (16, 24), (1, 1, 1), (2, 1, 9), (5, 1)]
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [*BIT_SHAPES, (0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_unpack_is_the_inverse_of_pack(shape, axis, layout):
+    y = LAYOUTS[layout](torch.randn(shape))
+    axis %= y.dim()
+    on = torch.rand(shape) < 0.5
+    bits = reference.pack(on, y, axis)
+    assert bits.dtype == torch.uint8
+    assert bits.shape == reference.new_bits(y, axis).shape
+    assert bits.numel() <= y.numel(), "no more than a byte an element"
+    assert sum(int(byte).bit_count() for byte in bits.flatten()) == on.sum()
+    signs = reference.unpack(bits, y, axis)
+    assert torch.equal(signs, on.float() * 2 - 1)
+    assert strides(signs) == strides(y)
