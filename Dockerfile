@@ -3,10 +3,11 @@
 ARG BASE_IMAGE=ubuntu:24.04
 FROM ${BASE_IMAGE}
 
-# Triton compiles its launcher with gcc against Python's headers when a kernel first runs on a GPU.
+# Triton compiles its launcher with gcc against Python's headers when a kernel first runs on a GPU,
+# torch.compile with g++ what runs on a CPU. Results name their git revision.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates gcc libc6-dev make python3-dev python3-venv \
+        ca-certificates g++ git make python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home tribn \
     && install -d -o tribn -g tribn /tribn

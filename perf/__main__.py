@@ -9,10 +9,14 @@ from importlib import import_module
 # A module of this package with a `main(argv)` that parses the rest, and its line in --help.
 COMMANDS = {
     "bench": "time batch norm layers of tribn and its rivals",
-    "plot": "draw the results of other commands, from their JSON files",
+    "codegen": "compile every kernel for GPUs that are not there: registers, spills, accesses",
+    "compare": "run the same benchmark on another git revision beside this one",
     "demo": "measure what batch normalization claims, on handwritten digits",
     "host": "microseconds of Python and dispatcher in a call, layer by layer",
+    "plot": "draw the results of other commands, from their JSON files",
+    "regress": "fail if tribn has lost ground on a stored result of the same device",
     "step": "time training steps of whole networks against torch eager and torch.compile",
+    "traffic": "count the bytes that batch norm moves, against torch eager and torch.compile",
 }
 
 

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from perf.cases import DIRECTIONS, NETS, OPS, SETS, Layer, layers
+from perf.cases import DIRECTIONS, DTYPES, LAYOUTS, NETS, OPS, SETS, Layer, layers
 from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
-from perf.gate import DTYPES, LAYOUTS, Case, Inputs, WrongResult, check
+from perf.gate import Case, Inputs, WrongResult, check
 from perf.providers import PROVIDERS
 from perf.report import RESULTS, Report, count, device_name, directory, environment, write
 

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("channels-first", "channels-last")
 DIRECTIONS = ("forward", "backward", "both", "eval")
 
 
@@ -34,14 +38,15 @@ class Layer:
     def minimum_bytes(self, direction: str, itemsize: int) -> int:
         """What must move if every tensor is read or written once.
 
-        Forward and eval: input, residual, output. Backward: input, and the gradients of output,
-        input and residual. With a residual, forward keeps a bit per element for backward: where
-        the activation was cut off.
+        Forward and eval: input, residual, output. Backward: input, and the gradients of output and
+        input. With a residual and then an activation forward keeps a bit per element for backward,
+        where the activation was cut off, and the residual has a gradient of its own.
         """
-        tensors, mask = 2 + self.residual, self.residual / 8
+        tensors = 2 + self.residual
+        cut = self.residual and self.activation is not None
         counts = {
-            "forward": tensors * itemsize + mask,
-            "backward": (tensors + 1) * itemsize + mask,
+            "forward": tensors * itemsize + cut / 8,
+            "backward": (3 + cut) * itemsize + cut / 8,
             "eval": tensors * itemsize,
         }
         counts["both"] = counts["forward"] + counts["backward"]
@@ -78,11 +83,12 @@ def _inverted_residuals(
         c, side = stem
         rows = [Layer((batch, c, side, side), activation)]
         for expansion, out, repetitions, first, rest in blocks:
-            for side in [first] + [rest] * (repetitions - 1):
+            for repetition in range(repetitions):
+                side = rest if repetition else first
                 if expansion > 1:
                     rows.append(Layer((batch, c * expansion, side, side), activation))
                 rows.append(Layer((batch, c * expansion, rest, rest), activation))
-                rows.append(Layer((batch, out, rest, rest)))
+                rows.append(Layer((batch, out, rest, rest), residual=repetition > 0))
                 c = out
         rows.append(Layer((batch, head, rest, rest), activation))
         return _counted(rows)
@@ -200,3 +206,13 @@ def layers(name: str, batch: int | None = None) -> list[Layer]:
         return SETS[name]
     usual, build = NETS[name]
     return build(batch or usual)
+
+
+def strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Of a dense tensor, in elements."""
+    axes = [0, *range(2, len(shape)), 1] if layout == "channels-last" else range(len(shape))
+    found, step = [0] * len(shape), 1
+    for axis in reversed(axes):
+        found[axis] = step
+        step *= shape[axis]
+    return tuple(found)

@@ -1,39 +1,90 @@
 """Compiles kernels ahead of time, for devices that are not there, and reads the machine code.
 
-    with compiling("sm_90") as kernels:
-        tribn.kernels.batch_norm_train(x, ...)  # x on the meta device: no memory, no launch
-    print(resources(kernels[0]))
-
-The launchers run as they are, so what is compiled is what they would launch.
+Every kernel at every plan that the shapes of perf/cases.py lead to, in both layouts and in bf16,
+fp16 and fp32; shapes that share a kernel share a row. What differs from the last full table is
+shown as a diff. A part of the table is compared with it as well, and saved beside it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import groupby, product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton.backends.nvidia
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
+from perf.devices import GPUS
+from perf.report import RESULTS, Report, directory, environment, write
+from tribn import kernels, ops
+from tribn.functional import batch_norm
 from tribn.kernels import host
 from tribn.launch import Device
 
+Row = dict[str, Any]
+
+FIELDS = ("registers", "spills", "shared", "loads", "stores", "ctas_per_sm", "warps_per_sm")
+
+SCHEDULERS = 4  # of a multiprocessor, each with registers of its own
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for, and what one of its multiprocessors holds at a time.
+
+    NVIDIA: "Technical specifications per compute capability" in the CUDA programming guide, and its
+    occupancy calculator. AMD: the AMDGPU backend of LLVM, for gfx942; a warp is a wave there.
+    """
+
+    gpu: GPUTarget
+    sms: int
+    shared: int  # bytes of shared memory
+    warps: int = 64
+    ctas: int = 32
+    reserved: int = 1024  # bytes of shared memory that every CTA takes besides its own
+    shared_unit: int = 128  # what a CTA takes is a multiple of it
+    registers: int = 16384  # of a scheduler
+    register_unit: int = 256  # what a warp takes is a multiple of it
+
+
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), Device(sms=108)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Device(sms=132)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Device(sms=148)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Device(sms=304)),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), GPUS["A100"].sms, shared=164 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), GPUS["H100"].sms, shared=228 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), sms=148, shared=228 * 1024),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64),
+        sms=304,
+        shared=64 * 1024,
+        warps=32,
+        reserved=0,
+        shared_unit=512,
+        registers=512 * 64,
+        register_unit=8 * 64,
+    ),
 }
 
 
@@ -42,32 +93,123 @@ class Resources:
     """What one compiled kernel needs of the device."""
 
     name: str
+    warps: int  # of a CTA
     registers: int  # of a thread
     spills: int  # instructions that move registers to or from local memory
+    shared: int  # bytes of a CTA
     loads: Counter[int]  # instructions by bytes a thread moves, from and to global memory
     stores: Counter[int]
 
 
 @contextmanager
+def absent(target: str) -> Iterator[None]:
+    """Launchers and compiler see the target."""
+    wanted = TARGETS[target]
+    device = mock.Mock()
+    device.get_current_target.return_value = wanted.gpu
+    device.get_current_device.return_value = target  # the key of Triton's cache of kernels
+    device.get_current_stream.return_value = 0
+    with (
+        mock.patch.object(driver, "_active", device),
+        mock.patch.object(host, "device_facts", return_value=Device(wanted.sms)),
+    ):
+        yield
+
+
+@contextmanager
 def compiling(target: str) -> Iterator[list[Any]]:
-    """Compiles for `target` what would be launched inside, into the list it gives."""
-    gpu, device = TARGETS[target]
-    kernels: list[Any] = []
+    """Compiles for `target` what would be launched inside, into the list it gives.
+
+    The launchers run as they are, on tensors of the meta device: no memory, no launch.
+    """
+    compiled: list[Any] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        kernels.append(run(self, *args, warmup=True, **kwargs))
+        compiled.append(run(self, *args, warmup=True, **kwargs))
 
-    absent = mock.Mock()
-    absent.get_current_target.return_value = gpu
-    absent.get_current_device.return_value = target  # the key of Triton's cache of kernels
-    absent.get_current_stream.return_value = 0
-    with (
-        mock.patch.object(driver, "_active", absent),
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(host, "device_facts", return_value=device),
-    ):
-        yield kernels
+    with absent(target), mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+class Variant(NamedTuple):
+    """A kernel as it is compiled for a target: what tells a row of the table from every other."""
+
+    target: str
+    kernel: str
+    tensors: str  # by type
+    constants: str
+    warps: int
+
+    @classmethod
+    def of(cls, target: str, kernel: Any, args: Any, kwargs: Any) -> Variant:
+        """By what Triton's own cache of kernels goes by."""
+        *_, backend, binder = kernel.device_caches[driver.active.get_current_device()]
+        arguments, specialization, options = binder(*args, **kwargs)
+        tensors: dict[str, list[str]] = {}
+        constants: dict[str, Any] = {}
+        for (name, value), (kind, special) in zip(arguments.items(), specialization, strict=True):
+            if kind.startswith("*"):
+                tensors.setdefault(kind[1:], []).append(name.removesuffix("_ptr"))
+            elif kind != "constexpr":
+                constants |= {name: "multiple of 16"} if special else {}
+            elif value is not None:
+                constants[name] = getattr(value, "__name__", value)
+        return cls(
+            target,
+            kernel.__name__.removesuffix("_kernel"),
+            ", ".join(f"{kind} {' '.join(names)}" for kind, names in tensors.items()),
+            ", ".join(f"{name} {value}" for name, value in constants.items()),
+            backend.parse_options(options).num_warps,
+        )
+
+
+class Launch(NamedTuple):
+    compile: Callable[[], Any]
+    example: str
+
+
+def variants(target: str, chosen: Iterable[Layer]) -> dict[Variant, Launch]:
+    """What these layers launch, each distinct kernel once, with the first launch of it."""
+    found: dict[Variant, Launch] = {}
+    run = JITFunction.run
+
+    def collect(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = Launch(partial(run, self, *args, grid=grid, warmup=True, **kwargs), example)
+        found.setdefault(Variant.of(target, self, args, kwargs), launch)
+
+    with absent(target), mock.patch.object(JITFunction, "run", collect):
+        for layer, layout, dtype in product(chosen, LAYOUTS, DTYPES):
+            example = f"{layer} {layer.op} {dtype} {layout}"
+            stride = strides(layer.shape, layout)
+            x = torch.empty_strided(layer.shape, stride, dtype=DTYPES[dtype], device="meta")
+            train_and_evaluate(x, layer)
+    return found
+
+
+cached_variants = cache(variants)
+
+
+def train_and_evaluate(x: Tensor, layer: Layer) -> None:
+    """Launches what a module does in training, forward and backward, and in evaluation."""
+    weight, bias, *running = (torch.empty(x.shape[1], device="meta") for _ in range(4))
+    counter = torch.empty((), dtype=torch.int64, device="meta")
+    residual = torch.empty_like(x) if layer.residual else None
+
+    def apply(training: bool) -> Tensor:
+        return batch_norm(
+            *(x, *running, weight, bias, training),
+            num_batches_tracked=counter,
+            activation=layer.activation,
+            residual=residual,
+        )
+
+    # Tensors of the meta device would not get as far as the launchers.
+    with mock.patch.multiple(ops, **{name: getattr(kernels, name) for name in kernels.__all__}):
+        apply(training=False)
+        leaves = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
+        y = apply(training=True)
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
 
 
 def resources(kernel: Any) -> Resources:
@@ -83,15 +225,13 @@ def resources(kernel: Any) -> Resources:
         code = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code))
-        widths = {"ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+        accesses = r"\b(?:global|buffer)_{}_[us]?(byte|short|dword(?:x\d)?)"
         loads, stores = (
-            Counter(
-                widths[m]
-                for m in re.findall(rf"\b(?:global|buffer)_{op}_(dwordx?\d?|u?short)", code)
-            )
+            Counter(_amd_bytes(m) for m in re.findall(accesses.format(op), code))
             for op in ("load", "store")
         )
-    return Resources(kernel.metadata.name, registers, spills, loads, stores)
+    about = kernel.metadata
+    return Resources(about.name, about.num_warps, registers, spills, about.shared, loads, stores)
 
 
 @cache
@@ -115,3 +255,167 @@ def _nvidia_bytes(suffix: str) -> int:
         return int(width[1]) // 8
     narrow = re.search(r"\.[US](8|16)", suffix)
     return int(narrow[1]) // 8 if narrow else 4
+
+
+def _amd_bytes(suffix: str) -> int:
+    return {"byte": 1, "short": 2, "dword": 4}.get(suffix) or 4 * int(suffix[-1])
+
+
+def warps_per_sm(target: str, registers: int) -> int:
+    """Warps of so many registers a thread that a multiprocessor holds."""
+    of = TARGETS[target]
+    per_warp = round_up(registers * of.gpu.warp_size, of.register_unit)
+    return min(of.warps, SCHEDULERS * (of.registers // per_warp))
+
+
+def ctas_per_sm(target: str, needs: Resources) -> int:
+    of = TARGETS[target]
+    by_warps = warps_per_sm(target, needs.registers) // needs.warps
+    shared = round_up(needs.shared + of.reserved, of.shared_unit)
+    return min(of.ctas, by_warps, of.shared // shared if shared else of.ctas)
+
+
+def round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def row(chosen: tuple[Layer, ...], variant: Variant) -> Row:
+    """Compiles a variant, which any process finds again among its layers, and tells its needs."""
+    launch = cached_variants(variant.target, chosen)[variant]
+    with absent(variant.target):
+        needs = resources(launch.compile())
+    ctas = ctas_per_sm(variant.target, needs)
+    return {
+        **variant._asdict(),
+        "registers": needs.registers,
+        "spills": needs.spills,
+        "shared": needs.shared,
+        "loads": widths(needs.loads),
+        "stores": widths(needs.stores),
+        "ctas_per_sm": ctas,
+        "warps_per_sm": ctas * needs.warps,
+        "example": launch.example,
+    }
+
+
+def widths(accesses: Counter[int]) -> str:
+    """As in "2x16 5x8": two of 16 bytes, five of 8."""
+    return " ".join(f"{accesses[width]}x{width}" for width in sorted(accesses, reverse=True))
+
+
+def key(row: Row) -> Variant:
+    return Variant(*(row[name] for name in Variant._fields))
+
+
+def changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+    """A line for each row that was added, removed or changed."""
+    old, new = ({key(row): row for row in rows} for rows in (before, after))
+    lines = []
+    for variant in [*new, *(variant for variant in old if variant not in new)]:
+        target, kernel, tensors, constants, warps = variant
+        name = f"{target} {kernel}: {tensors}; {constants}; {warps} warps"
+        if variant not in old:
+            lines.append(f"+ {name}")
+        elif variant not in new:
+            lines.append(f"- {name}")
+        elif differences := [
+            f"{field} {old[variant][field]} -> {new[variant][field]}"
+            for field in FIELDS
+            if old[variant][field] != new[variant][field]
+        ]:
+            lines.append(f"  {name}: {', '.join(differences)}")
+    return lines
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """For each kernel and target the least and most over its variants."""
+    table = Table("target", "kernel", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("variants", "spill", "16-byte", "registers", "shared", "CTAs per SM"):
+        table.add_column(heading, justify="right")
+    for (target, kernel), group in groupby(rows, key=lambda row: (row["target"], row["kernel"])):
+        of = list(group)
+        table.add_row(
+            *(target, kernel, str(len(of))),
+            str(sum(row["spills"] > 0 for row in of)),
+            str(sum("x16" in row["loads"] for row in of)),
+            *(extent([row[name] for row in of]) for name in ("registers", "shared", "ctas_per_sm")),
+        )
+    return table
+
+
+def extent(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf codegen",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=TARGETS,
+        default=list(TARGETS),
+        help="all of them if not given",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--net", choices=NETS, help="only the shapes of this network")
+    what.add_argument("--set", choices=SETS, help="only the shapes of this set")
+    parser.add_argument(
+        "--out", type=directory, default=RESULTS, metavar="DIR", help="for the JSON (%(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    return arguments
+
+
+def compile_all(chosen: tuple[Layer, ...], targets: Iterable[str]) -> list[Row]:
+    """A row for each variant, in as many processes as there are processors."""
+    found = [variant for target in targets for variant in variants(target, chosen)]
+    with (
+        Progress() as progress,
+        ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool,
+    ):
+        rows = pool.map(partial(row, chosen), found, chunksize=4)
+        return list(progress.track(rows, total=len(found), description="compile"))
+
+
+def last_saved(path: Path, rows: Sequence[Row], part: bool) -> list[Row]:
+    """Rows to compare with: those of the same targets; of a part of the shapes only the same."""
+    targets, keys = {row["target"] for row in rows}, set(map(key, rows))
+    return [
+        row
+        for row in json.loads(path.read_text())["rows"]
+        if row["target"] in targets and (not part or key(row) in keys)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    targets = [target for target in TARGETS if target in arguments.targets]
+    chosen = [name for name in (arguments.net, arguments.set) if name]
+    names = chosen or [*NETS, *SETS]
+    distinct = dict.fromkeys(replace(layer, count=1) for name in names for layer in layers(name))
+    rows = sorted(compile_all(tuple(distinct), targets), key=key)
+
+    saved = arguments.out / "codegen.json"
+    before = last_saved(saved, rows, part=bool(chosen)) if saved.exists() else None
+    report: Report = {
+        "command": "codegen",
+        "environment": environment("cpu"),
+        "targets": targets,
+        "shapes": names,
+        "rows": rows,
+    }
+    part = chosen + (targets if len(targets) < len(TARGETS) else [])
+    path = write(report, arguments.out, "-".join(["codegen", *part]))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(summary(rows))
+    if before is not None:
+        lines = changes(before, rows)
+        console.print(f"{len(lines)} rows differ from the last table:", *lines, sep="\n")
+    console.print(path)

@@ -138,23 +138,22 @@ class Linear(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """One tribn layer that sees the features of all networks as its channels."""
+    """One tribn layer, activation included, that sees the features of all networks as channels."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, activation: nn.Module, order: str) -> None:
         super().__init__()
-        self.norm = tribn.BatchNorm1d(channels, eps=EPS)
+        self.norm = tribn.BatchNorm1d(channels, eps=EPS, activation=activation, order=order)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x.reshape(1, -1, x.shape[2])).view(x.shape)
 
 
-def hidden(network: Network, norm: str, channels: int) -> list[nn.Module]:
+def hidden(network: Network, norm: str, channels: int) -> nn.Module:
     """The activation, with batch normalization "before" or "after" it, or with "none"."""
     activation = network.activation()
     if norm == "none":
-        return [activation]
-    normalization = BatchNorm(channels)
-    return [normalization, activation] if norm == "before" else [activation, normalization]
+        return activation
+    return BatchNorm(channels, activation, "norm_act" if norm == "before" else "act_norm")
 
 
 def build(
@@ -165,7 +164,7 @@ def build(
     sizes = [PIXELS] + [WIDTH] * network.depth
     for inputs, outputs in pairwise(sizes):
         layers.append(Linear(rates, generators, inputs, outputs, network.gain))
-        layers += hidden(network, norm, rates * len(generators) * outputs)
+        layers.append(hidden(network, norm, rates * len(generators) * outputs))
     layers.append(Linear(rates, generators, sizes[-1], CLASSES, network.gain))
     return nn.Sequential(*layers)
 
@@ -510,7 +509,7 @@ def draw(report: Results, path: Path) -> None:
         paint(axes, result)
         title(axes, result["finding"], 44)
         tidy(axes)
-        axes.legend(fontsize=9, frameon=False)
+        axes.legend(fontsize=9, edgecolor="none", framealpha=0.8)
     save(figure, caption(report), path)
 
 

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf.cases import Layer
+from perf.cases import DTYPES, Layer
 from perf.providers import ACTIVATIONS, Function, unfused
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LAYOUTS = ("channels-first", "channels-last")
 
 # The largest ‖result − exact‖ / ‖exact‖: a few roundings of the input's dtype
 TOLERANCE = {"bf16": 2e-2, "fp16": 3e-3, "fp32": 1e-4}

@@ -1,7 +1,7 @@
 """Networks people train, of torch.nn alone, with the batch norm passed in.
 
 `norm(channels, activation)` makes a layer, and `layer(x)` or `layer(x, residual)` is
-act(batch_norm(x) + residual): `composed` makes it of a batch norm class and the activation.
+act(batch_norm(x) + residual): `norm_of` makes it of a library's batch norm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import tribn
 
 Norm = Callable[[int, str | None], nn.Module]
 
@@ -37,8 +39,11 @@ def composed(batch_norm: Any) -> Norm:
 
 
 def norm_of(library: ModuleType, axes: int) -> Norm:
-    """Layers of torch.nn or of tribn for tensors with so many axes of space."""
-    return composed(getattr(library, f"BatchNorm{axes or 1}d"))
+    """Layers of torch.nn, or fused ones of tribn, for tensors with so many axes of space."""
+    cls = getattr(library, f"BatchNorm{axes or 1}d")
+    if library is tribn:
+        return lambda channels, activation: cls(channels, activation=activation)
+    return composed(cls)
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

@@ -15,7 +15,7 @@ from pathlib import Path
 from perf.report import RESULTS, Report, directory
 
 # Commands whose results have figures: perf.figures.<command>.draw(report) gives, by name, a figure
-# and its caption.
+# and its caption. An only one needs no name.
 COMMANDS = ("bench", "step", "traffic")
 
 
@@ -38,7 +38,8 @@ def draw(report: Report, out: Path, stem: str) -> list[Path]:
     written = []
     figures = import_module(f"perf.figures.{report['command']}").draw(report)
     for name, (figure, caption) in figures.items():
-        paths = [out / f"{stem}-{name}{suffix}" for suffix in (".svg", ".png")]
+        file = "-".join(filter(None, (stem, name)))
+        paths = [out / f"{file}{suffix}" for suffix in (".svg", ".png")]
         save(figure, caption, *paths)
         written += paths
     return written

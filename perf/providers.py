@@ -59,7 +59,12 @@ def unfused(norm: Function, layer: Layer) -> Function:
 
 
 def _tribn(layer: Layer) -> Function:
-    return unfused(tribn.functional.batch_norm, layer)
+    def function(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
+        return tribn.functional.batch_norm(
+            x, *arguments, activation=layer.activation, residual=residual
+        )
+
+    return function
 
 
 def _eager(layer: Layer) -> Function:
@@ -97,8 +102,12 @@ def _apex(layer: Layer) -> Function:
     ) -> Tensor:
         module.running_mean, module.running_var = running_mean, running_var
         module.weight, module.bias, module.training = weight, bias, training
-        channels_last = [None if t is None else t.permute(0, 2, 3, 1) for t in (x, residual)]
-        y = module(*channels_last).permute(0, 3, 1, 2)
+        if fused:  # it adds only before a ReLU
+            rows = None if residual is None else residual.permute(0, 2, 3, 1)
+            return module(x.permute(0, 2, 3, 1), rows).permute(0, 3, 1, 2)
+        y = module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if residual is not None:
+            y = y + residual
         return y if activation is None else activation(y)
 
     return function

@@ -347,4 +347,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table(report))
     for row in report["problems"]:
         console.print(f"{row['net']} {row['provider'] or ''}: {row['problem']}", markup=False)
-    console.print(str(path))
+    console.print(str(path), soft_wrap=True)

@@ -41,7 +41,8 @@ def test_some_layers():
     assert Layer((1, 256, 14, 14), "relu", count=11) in layers
     assert Layer((1, 2048, 7, 7), "relu", residual=True, count=3) in layers
     assert Layer((1, 576, 14, 14), "relu6", count=5) in cases.layers("mobilenet_v2", 1)
-    assert Layer((1, 192, 7, 7), count=4) in cases.layers("efficientnet_b0", 1)
+    assert Layer((1, 192, 7, 7)) in cases.layers("efficientnet_b0", 1)
+    assert Layer((1, 192, 7, 7), residual=True, count=3) in cases.layers("efficientnet_b0", 1)
     assert Layer((1, 992, 7, 7), "relu") in cases.layers("densenet121", 1)
 
 
@@ -53,7 +54,7 @@ def test_sets_can_be_trained_on(name):
 
 
 def test_ops():
-    assert set(OPS) == {"bn", "bn_relu", "bn_relu6", "bn_silu", "bn_add_relu"}
+    assert set(OPS) == {"bn", "bn_relu", "bn_relu6", "bn_silu", "bn_add", "bn_add_relu"}
     assert all(layer.op == op for op, layer in OPS.items())
 
 
@@ -62,6 +63,10 @@ def test_ops():
     [
         (Layer((4, 8, 2)), {"forward": 2, "backward": 3, "both": 5, "eval": 2}),
         (Layer((4, 8, 2), "relu"), {"forward": 2, "backward": 3, "both": 5, "eval": 2}),
+        (
+            Layer((4, 8, 2), residual=True),
+            {"forward": 3, "backward": 3, "both": 6, "eval": 3},
+        ),
         (
             Layer((4, 8, 2), "relu", residual=True),
             {"forward": 3 + 1 / 16, "backward": 4 + 1 / 16, "both": 7 + 1 / 8, "eval": 3},

@@ -1,6 +1,11 @@
 """Every kernel at every kind of plan, compiled for devices that are not there."""
 
+import json
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,8 +13,28 @@ from cases import INTERPRET, PLAIN
 
 if INTERPRET:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+if not find_spec("rich"):
+    pytest.skip("the table needs rich", allow_module_level=True)
 
-from perf.codegen import TARGETS, compiling, resources
+from perf import codegen
+from perf.__main__ import main
+from perf.cases import Layer
+from perf.codegen import (
+    FIELDS,
+    TARGETS,
+    Resources,
+    Variant,
+    absent,
+    changes,
+    compiling,
+    ctas_per_sm,
+    key,
+    resources,
+    row,
+    train_and_evaluate,
+    variants,
+    warps_per_sm,
+)
 from tribn import kernels
 from tribn.reference import new_bits
 
@@ -55,7 +80,7 @@ def compile_all(target, x):
         count = None if mask is None else counter
         tensors = (dy, x, stat, stat, weight, weight, residual, bits, mask, count)
         dtype = dy.dtype
-        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *act, dtype, dtype, wanted)
+        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *act, False, dtype, dtype, wanted)
 
     dy, mask = x, x.select(1, 0).to(torch.bool)
     bits = new_bits(x, 1)
@@ -119,3 +144,150 @@ def test_addresses_are_64_bits_wide(name):
         assert addresses, kernel.metadata.name
         for line in addresses:
             assert re.search(r"i64>?(?: loc\(.*\))?$", line), line
+
+
+def needs(registers, warps, shared=0):
+    return Resources("", warps, registers, 0, shared, Counter(), Counter())
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "ctas"),
+    [
+        ("sm_90", 32, 8, 0, 8),  # 64 warps
+        ("sm_90", 33, 8, 0, 6),  # 40 registers of 512 for each of 51 warps, whole ones of 4
+        ("sm_90", 128, 8, 0, 2),
+        ("sm_90", 129, 8, 0, 1),
+        ("sm_90", 168, 4, 0, 3),
+        ("sm_90", 255, 8, 0, 1),
+        ("sm_90", 16, 1, 0, 32),  # CTAs
+        ("sm_90", 32, 8, 100 * 1024, 2),  # of 228 KB, and 1 KB for each
+        ("sm_80", 32, 8, 100 * 1024, 1),
+        ("sm_100", 32, 4, 75 * 1024, 3),
+        ("sm_100", 32, 4, 75 * 1024 + 1, 2),
+        ("gfx942", 64, 8, 0, 4),  # 32 waves
+        ("gfx942", 65, 4, 0, 7),  # 72 registers of 512: 7 waves on each of 4 units
+        ("gfx942", 128, 8, 0, 2),
+        ("gfx942", 24, 4, 16 * 1024, 4),
+    ],
+)
+def test_ctas_per_multiprocessor(target, registers, warps, shared, ctas):
+    assert ctas_per_sm(target, needs(registers, warps, shared)) == ctas
+
+
+LAYER = Layer((32, 64, 56, 56), "relu", residual=True)
+
+
+def test_waves_are_those_llvm_counts():
+    with compiling("gfx942") as compiled:
+        train_and_evaluate(tensor(*TENSORS["odd planes"][:3]), LAYER)
+    for kernel in compiled:
+        waves = int(re.search(r"; Occupancy: (\d+)", kernel.asm["amdgcn"])[1])
+        assert warps_per_sm("gfx942", resources(kernel).registers) == 4 * waves
+
+
+def test_layers_that_share_a_kernel_share_a_row():
+    found = variants("sm_90", [LAYER])
+    larger = replace(LAYER, shape=(64, 64, 56, 56)), replace(LAYER, shape=(32, 128, 56, 56))
+    again = variants("sm_90", [LAYER, *larger])
+    assert list(again) == list(found)
+    assert all(again[variant].example == found[variant].example for variant in found)
+    assert found.keys() < variants("sm_90", [LAYER, replace(LAYER, shape=(32, 64, 7, 7))]).keys()
+    assert found.keys() != variants("sm_90", [replace(LAYER, activation="silu")]).keys()
+    assert {variant.kernel for variant in found} >= TENSOR_KERNELS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_variants_are_what_the_launchers_compile(target, monkeypatch):
+    monkeypatch.setattr(codegen, "DTYPES", {"bf16": BF16})
+    monkeypatch.setattr(codegen, "LAYOUTS", ["channels-first"])
+    with compiling(target) as compiled:
+        train_and_evaluate(tensor(LAYER.shape, CONTIGUOUS, BF16), LAYER)
+    with absent(target):
+        found = [launch.compile() for launch in variants(target, [LAYER]).values()]
+    assert {kernel.hash for kernel in found} == {kernel.hash for kernel in compiled}
+    assert len(found) == len({kernel.hash for kernel in found})
+
+
+ROW = {**dict.fromkeys([*Variant._fields, *FIELDS], "same"), "example": "8x4"}
+
+
+def test_changes():
+    other, gone = ROW | {"warps": 4}, ROW | {"kernel": "gone"}
+    assert changes([ROW, other], [other, ROW | {"example": "9x4"}]) == []
+    grown = ROW | {"registers": 40, "loads": "1x16 4x4"}
+    (line,) = changes([ROW, other], [grown, other])
+    assert line.endswith(": registers same -> 40, loads same -> 1x16 4x4")
+    added, removed = changes([gone], [other])
+    assert added.startswith("+ same")
+    assert removed.startswith("- same gone")
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """A table of one layer in one dtype for two targets."""
+    monkeypatch.setattr(codegen, "layers", lambda name: [Layer((64, 8))])
+    monkeypatch.setattr(codegen, "DTYPES", {"bf16": BF16})
+    monkeypatch.setattr(codegen, "TARGETS", {name: TARGETS[name] for name in ("sm_90", "gfx942")})
+
+
+def test_table_and_what_changed_since_the_last(one_layer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(codegen, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+
+    def run(*argv):
+        main(["codegen", "--out", str(tmp_path), *argv])
+        return capsys.readouterr().out
+
+    assert "differ" not in run()
+    path = tmp_path / "codegen.json"
+    first = json.loads(path.read_text())
+    assert first["command"] == "codegen"
+    assert {row["target"] for row in first["rows"]} == {"sm_90", "gfx942"}
+    assert first["rows"] == sorted(first["rows"], key=key)
+    assert all(row["registers"] > 0 and row["ctas_per_sm"] > 0 for row in first["rows"])
+    assert "0 rows differ" in run()
+
+    changed, removed, *rest = [row for row in first["rows"] if row["target"] == "sm_90"]
+    others = [row for row in first["rows"] if row["target"] != "sm_90"]
+    saved = [{**changed, "registers": 999}, {**removed, "kernel": "gone"}, *rest, *others]
+    path.write_text(json.dumps(first | {"rows": saved}))
+    printed = run("--targets", "sm_90")
+    assert "3 rows differ" in printed
+    assert f"registers 999 -> {changed['registers']}" in printed
+    assert f"+ sm_90 {removed['kernel']}: {removed['tensors']}" in printed
+    assert "- sm_90 gone" in printed
+    assert json.loads((tmp_path / "codegen-sm_90.json").read_text())["targets"] == ["sm_90"]
+    # A part of the shapes says nothing about what is missing.
+    assert "2 rows differ" in run("--targets", "sm_90", "--net", "resnet50")
+    assert (tmp_path / "codegen-resnet50-sm_90.json").exists()
+
+
+def test_other_processes_compile(one_layer, tmp_path):
+    main(["codegen", "--targets", "sm_90", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "codegen-sm_90.json").read_text())["rows"]
+    chosen = (Layer((64, 8)),)
+    assert rows == sorted([row(chosen, v) for v in variants("sm_90", chosen)], key=key)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--targets", "sm_10"],
+        ["--net", "alexnet"],
+        ["--net", "resnet50", "--set", "hard"],
+        ["--out", __file__],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["codegen", *argv])
+    assert exit.value.code == 2
+    assert "usage: python -m perf codegen" in capsys.readouterr().err
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as exit:
+        main(["codegen"])
+    assert exit.value.code == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err

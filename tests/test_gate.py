@@ -10,8 +10,8 @@ from torch.nn import functional as F
 if INTERPRET:
     pytest.skip("the gate has nothing to do with the interpreter", allow_module_level=True)
 
-from perf.cases import OPS
-from perf.gate import DTYPES, LAYOUTS, Case, Inputs, WrongResult, check, exact, results
+from perf.cases import DTYPES, LAYOUTS, OPS
+from perf.gate import Case, Inputs, WrongResult, check, exact, results
 from perf.providers import PROVIDERS, unfused
 
 

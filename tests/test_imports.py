@@ -14,7 +14,18 @@ import tribn
 ROOT = Path(tribn.__file__).parent
 
 # A module imports only from those behind it.
-ORDER = ["nn", "functional", "autograd", "ops", "kernels", "reference", "activation", "launch"]
+ORDER = [
+    "convert",
+    "statistics",
+    "nn",
+    "functional",
+    "autograd",
+    "ops",
+    "kernels",
+    "reference",
+    "activation",
+    "launch",
+]
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

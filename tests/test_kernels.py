@@ -85,7 +85,7 @@ def evaluate(module, t, mean, var, *plan):
 def backward(module, t, mean, var, training, wanted, *plan, x=True):
     return module.batch_norm_backward(
         *(t.dy, t.x if x else None, mean, var, t.weight, None, None, None, None, None),
-        *(EPS, training, t.axis, *PLAIN, t.x.dtype, None, [*wanted, False], *plan),
+        *(EPS, training, t.axis, *PLAIN, False, t.x.dtype, None, [*wanted, False], *plan),
     )
 
 

@@ -111,6 +111,7 @@ def test_subclass_of_torchs_with_its_signature(kind, lazy):
         "nonfinite": "propagate",
         "correction": 1,
         "stats_dtype": None,
+        "memory": "input",
     }
     torchs = [parameter for parameter in torchs if parameter[0] not in keywords]
     assert mine[: len(torchs)] == torchs

@@ -14,8 +14,8 @@ if INTERPRET:
     pytest.skip("providers are timed without the interpreter", allow_module_level=True)
 
 from perf import providers
-from perf.cases import OPS
-from perf.gate import LAYOUTS, Case, Inputs, check
+from perf.cases import LAYOUTS, OPS
+from perf.gate import Case, Inputs, check
 from perf.providers import PROVIDERS, Provider
 
 

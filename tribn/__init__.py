@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch, in Triton kernels on a GPU and plain PyTorch on a CPU."""
 
 from tribn import functional
+from tribn.convert import freeze, unfreeze
 from tribn.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -10,6 +11,7 @@ from tribn.nn import (
     LazyBatchNorm3d,
     StandardScaler,
 )
+from tribn.statistics import update_stats
 
 __version__ = "0.1.0"
 
@@ -21,5 +23,8 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "StandardScaler",
+    "freeze",
     "functional",
+    "unfreeze",
+    "update_stats",
 ]

@@ -32,6 +32,19 @@ class Activation(NamedTuple):
         """Whether one bit of the input tells the gradient: it is that at 1, or that at -1."""
         return self.name in ("relu", "relu6", "leaky_relu")
 
+    @property
+    def invertible(self) -> bool:
+        """Whether the result tells the input, rounding aside."""
+        return self.name is None or (self.name in ("leaky_relu", "elu") and self.p > 0)
+
+    def inverse(self, y: Tensor, rounding: float) -> Tensor:
+        """The input, given the result; `rounding` is what keeps elu's from minus infinity."""
+        if self.name == "leaky_relu":
+            return torch.where(y > 0, y, y / self.p)
+        if self.name == "elu":
+            return torch.where(y > 0, y, torch.log1p((y / self.p).clamp(min=rounding - 1)))
+        return y
+
     def __call__(self, z: Tensor) -> Tensor:
         return z if self.name is None else KINDS[self.name].function(z, self.p, self.q)
 

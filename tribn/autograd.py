@@ -5,7 +5,8 @@ Kept for backward are two (C,) statistics, weight and bias, and of what is as la
 - the input, where the gradient of the weight, or in training that of the input, is wanted;
 - for an activation's gradient one bit for each element, if that is all it depends on (relu, relu6,
   leaky_relu) and the input would not tell: there is a residual, or the input is not kept anyway;
-- else the input and, unless the activation comes first, the residual.
+- else the input and, unless the activation comes first, the residual;
+- with `inplace` memory the output in place of the input, if it can be undone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Options(NamedTuple):
     axis: int
     activation: Activation
     act_first: bool
+    inplace: bool
 
     @property
     def act(self) -> tuple[str | None, float, float, bool]:
@@ -55,6 +57,7 @@ class BatchNormTrain(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         keep = _Keep.of(ctx.needs_input_grad[:4], True, residual, options)
+        keep = keep._replace(output=keep.x and options.inplace and _can_undo(weight, bias))
         y, mean, var, count, bits = ops.batch_norm_train(
             *(x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked),
             *(momentum, correction, skip_nonfinite, options.eps, options.axis),
@@ -102,6 +105,7 @@ class _Keep(NamedTuple):
     x: bool
     residual: bool
     bits: bool
+    output: bool = False  # in place of x
 
     @classmethod
     def of(
@@ -133,11 +137,29 @@ class _Keep(NamedTuple):
         options: Options,
     ) -> None:
         ctx.save_for_backward(
-            *(x if self.x else None, mean, var, weight, bias),
+            *((y if self.output else x) if self.x else None, mean, var, weight, bias),
             *(residual if self.residual else None, bits, mask, count),
         )
         ctx.options, ctx.stride, ctx.dtype = options, y.stride(), x.dtype
+        ctx.from_output = self.output
         ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether xhat = (z - bias) / weight tells xhat to within some 16 roundings of z.
+
+    A rounding of z is one of |xhat| + |bias / weight|. On a GPU this reads a number from the
+    device, once a call, which graphs and compilers cannot do: for them the input is kept.
+    """
+    if weight is None:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    size = weight.abs()
+    least = size.new_full((), 2.0**-6) if bias is None else bias.abs().clamp(min=2.0**-3) / 8
+    return bool((size >= least).all())
 
 
 def _backward(ctx: Any, dy: Tensor, training: bool, needs: tuple[bool, ...]) -> Grads:
@@ -148,6 +170,11 @@ def _backward(ctx: Any, dy: Tensor, training: bool, needs: tuple[bool, ...]) -> 
     changed = mask is not None or (options.activation.name and not options.act_first)
     wanted = [*needs[:3], bool(needs[3] and changed)]
     if torch.is_grad_enabled():
+        if ctx.from_output:
+            raise RuntimeError(
+                "memory is 'inplace', which keeps no input: gradients of gradients need "
+                "memory='input'"
+            )
         dx, dweight, dbias, dresidual = _differentiable_backward(
             dy, *tensors, training=training, options=options, stride=ctx.stride, wanted=wanted
         )
@@ -160,7 +187,7 @@ def _backward(ctx: Any, dy: Tensor, training: bool, needs: tuple[bool, ...]) -> 
             dy = _with_stride(dy, ctx.stride)
         dx, dweight, dbias, dresidual = ops.batch_norm_backward(
             *(dy, *tensors, options.eps, training, options.axis, *options.act),
-            *(ctx.dtype, ctx.residual_dtype, wanted),
+            *(ctx.from_output, ctx.dtype, ctx.residual_dtype, wanted),
         )
     if needs[3] and not changed:
         dresidual = dy.to(ctx.residual_dtype)
@@ -189,7 +216,7 @@ def _differentiable_backward(
     wanted: list[bool],
 ) -> Grads:
     """The gradients by operations that can be differentiated again, for double backward."""
-    eps, axis, activation, act_first = options
+    eps, axis, activation, act_first, _ = options
     dtype = accumulator(dy.dtype)
     shape = [-1 if d == axis else 1 for d in range(dy.dim())]
     others = [d for d in range(dy.dim()) if d != axis]

@@ -16,9 +16,11 @@ from tribn.functional import (
     check_eps,
     check_floating,
     check_input,
+    check_memory,
     check_number,
     check_options,
     check_tensor,
+    merge_stats,
 )
 
 
@@ -37,13 +39,16 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
             setattr(module, name, old.to(new.device))
 
 
-class _Layer(torch.nn.modules.batchnorm._BatchNorm):
+class Layer(torch.nn.modules.batchnorm._BatchNorm):
+    """What all batch norm layers have in common."""
+
     channel_axis: int
     activation: Activation
     order: str
     nonfinite: str
     correction: int
     stats_dtype: torch.dtype | None
+    memory: str
     frozen: bool
 
     def _set(
@@ -54,6 +59,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         nonfinite: str,
         correction: int,
         stats_dtype: torch.dtype | None,
+        memory: str,
     ) -> None:
         """Takes what torch.nn's layers do not have, and checks what they do not check."""
         check_eps(self.eps)
@@ -76,10 +82,12 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         check_options(order, nonfinite, correction)
         self.channel_axis = channel_axis
         self.activation = parse(activation)
+        check_memory(memory, self.activation, order)
         self.order = order
         self.nonfinite = nonfinite
         self.correction = correction
         self.stats_dtype = stats_dtype
+        self.memory = memory
         self.frozen = False
         for name, statistic in self._kept().items():
             self._buffers[name] = statistic.to(self.stats_dtype)
@@ -136,6 +144,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             lengths=lengths,
             nonfinite=self.nonfinite,
             correction=self.correction,
+            memory=self.memory,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -160,6 +169,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             "nonfinite": (self.nonfinite, "propagate"),
             "correction": (self.correction, 1),
             "stats_dtype": (self.stats_dtype, None),
+            "memory": (self.memory, "input"),
             "frozen": (self.frozen, False),
         }
         return ", ".join(
@@ -170,7 +180,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         )
 
 
-class _BatchNorm(_Layer):
+class _BatchNorm(Layer):
     def __init__(
         self,
         num_features: int,
@@ -188,12 +198,13 @@ class _BatchNorm(_Layer):
         nonfinite: str = "propagate",
         correction: int = 1,
         stats_dtype: torch.dtype | None = None,
+        memory: str = "input",
     ) -> None:
         _check_num_features(num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype)
+        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -212,8 +223,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         device, dtype: of parameters and statistics.
         bias: learn a bias, if `affine`.
         channel_axis: 1, or -1 for the last axis.
-        activation, order, nonfinite, correction: see `tribn.functional.batch_norm`, and there
-            also `residual`, `mask` and `lengths`, which calls of the layer take.
+        activation, order, nonfinite, correction, memory: see `tribn.functional.batch_norm`, and
+            there also `residual`, `mask` and `lengths`, which calls of the layer take.
         stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
             when the layer is cast, as by `.half()`; None for those that do not.
     """
@@ -235,7 +246,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """
 
 
-class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, _Layer):
+class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
     def __init__(
         self,
         eps: float = 1e-5,
@@ -252,11 +263,12 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, _Layer):
         nonfinite: str = "propagate",
         correction: int = 1,
         stats_dtype: torch.dtype | None = None,
+        memory: str = "input",
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype)
+        self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
     def initialize_parameters(self, input: Tensor) -> None:
         check_input(input, self.channel_axis, self.training)
@@ -332,22 +344,14 @@ class StandardScaler(torch.nn.Module):
 
     @torch.no_grad()
     def partial_fit(self, batch: Tensor) -> StandardScaler:
-        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself.
-
-        Reference: Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance:
-        Analysis and Recommendations", 1983.
-        """
+        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself."""
         self._check(batch)
-        mean, var, count = batch_stats(batch.double())
-        seen = self.n_samples_seen_
-        total = seen + count
-        share = count.double() / total.clamp(min=1)
-        delta = mean - self.mean_
-        self.var_.copy_(self.var_ * (1 - share) + var * share + delta**2 * share * (1 - share))
-        self.mean_.add_(delta * share)
-        self.n_samples_seen_.copy_(total)
+        seen = (self.mean_, self.var_, self.n_samples_seen_)
+        merged = merge_stats(*seen, *batch_stats(batch.double()))
+        for statistic, new in zip(seen, merged, strict=True):
+            statistic.copy_(new)
         # scikit-learn's bound on the variance that rounding alone can give a constant feature.
-        rounding = total * torch.finfo(torch.float64).eps
+        rounding = self.n_samples_seen_ * torch.finfo(torch.float64).eps
         constant = self.var_ <= rounding * self.var_ + (rounding * self.mean_) ** 2
         self.scale_.copy_(self.var_.sqrt().masked_fill(constant, 1))
         return self

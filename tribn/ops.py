@@ -123,7 +123,8 @@ batch_norm_backward = _define(
     "batch_norm_backward",
     "(Tensor dy, Tensor? x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
     " Tensor? residual, Tensor? bits, Tensor? mask, Tensor? count, float eps, bool training,"
-    f" int axis, {_ACTIVATION}, ScalarType dtype, ScalarType? residual_dtype, bool[4] wanted)"
+    f" int axis, {_ACTIVATION}, bool from_output, ScalarType dtype, ScalarType? residual_dtype,"
+    " bool[4] wanted)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _fake_batch_norm_backward,
 )

@@ -4,8 +4,9 @@ Every operator of `tribn.ops` has its function here, with the same arguments: `a
 axis, C its size, statistics are `accumulator(y.dtype)` tensors of shape (C,), outputs have the
 input's memory format. PyTorch's fused CPU operators do the work where they compute the same thing.
 Their reductions do so for a contiguous (batch, C, length) tensor with more than one element in
-length and not of half precision. On others they add up long sums in float32: those are converted
-first, to a layout and a dtype that are slower and exact.
+length and not of half precision; elsewhere they lose accuracy in long sums. Tensors whose channels
+are neighbours are reduced by plain sums over (n, C), and what is left by PyTorch's operators again,
+converted to a layout and a dtype that are slower and exact.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ def batch_stats(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tens
     """Mean, biased variance and count per channel, where the mask is true; zeros for nothing."""
     if mask is not None:
         x, axis = _compact(x, mask, axis), 1
-    if x.numel():
+    pixels = _pixels(x, axis)
+    if x.numel() and pixels is not None:
+        mean = pixels.mean(0)
+        deviation = pixels - mean
+        offset = deviation.mean(0)  # of a mean that rounding has moved
+        mean, var = mean + offset, (deviation.square_().mean(0) - offset.square()).clamp(min=0)
+    elif x.numel():
         rows = _rows(x, axis, _batch_first(x, axis))
         statistics = torch.batch_norm_update_stats(rows, None, None, 0.0)
         mean, var = _cast(accumulator(x.dtype), *statistics)
@@ -172,6 +179,7 @@ def batch_norm_backward(
     p: float,
     q: float,
     act_first: bool,
+    from_output: bool,
     dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     wanted: list[bool],
@@ -183,15 +191,25 @@ def batch_norm_backward(
     dweight = sum(g * xhat), dbias = sum(g), dresidual = g. Otherwise the statistics are constants
     and dx = weight * rstd * g. With `act_first` g = dy, act(x) takes the place of x, and dx is
     multiplied by act'(x). `x` may be None where nothing depends on it: dweight is not wanted, nor
-    is dx in training, and the activation's gradient is known from `bits`. `dtype` is that of dx.
+    is dx in training, and the activation's gradient is known from `bits`. With `from_output` it is
+    y, whence act'(z) and xhat = (z - bias) / weight are computed. `dtype` is that of dx.
     """
     like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
     exact = accumulator(dy.dtype)
     if x is not None and exact == torch.float64:
         x = x.double()  # a residual may have made dy wider than x
     act = Activation(activation, p, q)
-    g, source = dy, None
-    if activation is not None:
+    g, source, a = dy, None, x
+    if from_output and x is not None and x.numel():
+        g, source = dy.to(exact), act.inverse(x.to(exact), torch.finfo(x.dtype).eps / 4)
+        g = act.backward(g, source)
+        # x - mean, which is normalized as x is
+        shape = [-1 if d == axis else 1 for d in range(dy.dim())]
+        rstd = (var + eps).rsqrt()
+        scale = rstd if weight is None else rstd * weight.to(exact)
+        a = source if bias is None else source - bias.to(exact).view(shape)
+        a, mean = a / scale.view(shape), torch.zeros_like(mean)
+    elif activation is not None:
         g = dy.to(exact)
         if bits is not None:
             source = unpack(bits, like, axis)
@@ -202,7 +220,8 @@ def batch_norm_backward(
             source = source if residual is None else source + residual
         if source is not None and not act_first:
             g = act.backward(g, source)
-    a = act(x.to(exact)) if act_first and x is not None else x
+    if act_first and x is not None:
+        a = act(x.to(exact))
     if mask is None:
         dx, dweight, dbias = _backward(g, a, mean, var, weight, eps, training, axis, wanted[:3])
     else:
@@ -233,15 +252,28 @@ def _normalize(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias in the dtype of arithmetic.
 
-    PyTorch's operator multiplies before it subtracts, which cancels where the mean is large: it is
-    given x - mean.
+    PyTorch's operator multiplies before it subtracts, which cancels where the mean is more than
+    twice the standard deviation: there it is given x - mean.
     """
     weight, bias, mean, var = _cast(accumulator(x.dtype), weight, bias, mean, var)
-    moved = x.to(mean.dtype) if axis == 1 else x.to(mean.dtype).movedim(axis, 1)
-    moved = moved - mean.view(-1, *(1,) * (moved.dim() - 2))
-    zero = torch.zeros_like(mean)
-    y: Tensor = aten.native_batch_norm(moved, weight, bias, zero, var, False, 0.0, eps)[0]
+    x = x.to(mean.dtype)
+    pixels = _pixels(x, axis)
+    if pixels is not None:
+        scale = _scale(var, weight, eps)
+        z = pixels - mean
+        z = z.mul_(scale) if bias is None else torch.addcmul(bias, z, scale, out=z)
+        return z.view(x.movedim(axis, -1).shape).movedim(-1, axis)
+    moved = x if axis == 1 else x.movedim(axis, 1)
+    if (mean.square() > 4 * (var + eps)).any():
+        moved = moved - mean.view(-1, *(1,) * (moved.dim() - 2))
+        mean = torch.zeros_like(mean)
+    y: Tensor = aten.native_batch_norm(moved, weight, bias, mean, var, False, 0.0, eps)[0]
     return y if axis == 1 else y.movedim(1, axis)
+
+
+def _scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    rstd = (var + eps).rsqrt()
+    return rstd if weight is None else rstd * weight
 
 
 def _backward(
@@ -270,6 +302,22 @@ def _backward(
         others = [d for d in range(dy.dim()) if d != axis]
         dx = dy * scale.view(shape) if wanted[0] else None
         return dx, None, dy.sum(others, dtype=dtype) if wanted[2] else None
+    pixels = _pixels(x, axis)
+    if pixels is not None:
+        g = dy.movedim(axis, -1).reshape(pixels.shape).to(dtype)
+        weight, mean, var = _cast(dtype, weight, mean, var)
+        deviation, scale = pixels - mean, _scale(var, weight, eps)
+        sum_g, sum_g_x = g.sum(0), (g * deviation).sum(0)
+        dx = None
+        if wanted[0]:
+            dx = g
+            if training:
+                slope = sum_g_x / ((var + eps) * len(g))
+                dx = torch.addcmul(g - sum_g / len(g), deviation, slope, value=-1)
+            dx = (dx * scale).to(x.dtype)
+            dx = dx.view(x.movedim(axis, -1).shape).movedim(-1, axis)
+        dweight = sum_g_x * (var + eps).rsqrt() if wanted[1] else None
+        return dx, dweight, sum_g if wanted[2] else None
     batch_first = _batch_first(x, axis)
     rows, dy_rows = (_rows(t, axis, batch_first) for t in (x, dy))
     weight, mean, var = _cast(rows.dtype, weight, mean, var)
@@ -325,6 +373,14 @@ def _count(x: Tensor, axis: int) -> int:
 
 def _cast(dtype: torch.dtype, *statistics: Tensor | None) -> list[Any]:
     return [None if t is None else t.to(dtype) for t in statistics]
+
+
+def _pixels(x: Tensor, axis: int) -> Tensor | None:
+    """x as (n, C) in the dtype of arithmetic, if its channels are neighbours in memory."""
+    moved = x.movedim(axis, -1)
+    if not moved.is_contiguous() or _batch_first(x, axis):
+        return None
+    return moved.flatten(0, -2).to(accumulator(x.dtype))
 
 
 def _batch_first(x: Tensor, axis: int) -> bool:

@@ -21,13 +21,13 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, by the series 2 * atanh(x / (2 + x)) where x is small."""
+    """log(1 + x), by the series 2 * atanh(x / (2 + x)) where x is small."""
     TERMS: tl.constexpr = 23 if x.dtype == tl.float64 else 11
     s = x / (2.0 + x)
     series = tl.full(x.shape, 1.0 / TERMS, x.dtype)
     for k in tl.static_range(TERMS - 2, 0, -2):
         series = 1.0 / k + series * (s * s)
-    return tl.where(x < 0.4143, 2.0 * s * series, tl.log(1.0 + x))
+    return tl.where((x > -0.2929) & (x < 0.4143), 2.0 * s * series, tl.log(1.0 + x))
 
 
 @triton.jit
@@ -61,6 +61,11 @@ def leaky_relu_grad(dy, z, p, q):
 
 
 @triton.jit
+def leaky_relu_inverse(y, p, q):
+    return tl.where(y > 0.0, y, y / p)
+
+
+@triton.jit
 def elu(z, p, q):
     return tl.where(z > 0.0, z, expm1(z) * p)
 
@@ -68,6 +73,17 @@ def elu(z, p, q):
 @triton.jit
 def elu_grad(dy, z, p, q):
     return tl.where(z <= 0.0, dy * (tl.exp(z) * p), dy)
+
+
+@triton.jit
+def elu_inverse(y, p, q):
+    """q is what keeps it from minus infinity."""
+    return tl.where(y > 0.0, y, log1p(tl.maximum(y / p, q - 1.0)))
+
+
+@triton.jit
+def identity(z, p, q):
+    return z
 
 
 @triton.jit
@@ -183,3 +199,8 @@ def functions(activation: Activation) -> tuple:
     if activation.name is None:
         return None, None
     return globals()[activation.name], globals()[f"{activation.name}_grad"]
+
+
+def inverse(activation: Activation) -> triton.JITFunction:
+    """The device function that undoes an invertible activation."""
+    return identity if activation.name is None else globals()[f"{activation.name}_inverse"]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tribn.activation import Activation
-from tribn.kernels.activation import functions
+from tribn.kernels.activation import functions, inverse
 from tribn.kernels.host import Launcher, dense, lay_out
 from tribn.kernels.tile import (
     UNSPECIALIZED,
@@ -63,6 +63,7 @@ def upstream(
     stride_ri,
     PRE: tl.constexpr,
     GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -70,32 +71,37 @@ def upstream(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """GRAD(dy), PRE(x) and what the activation was applied to, of a tile.
+    """GRAD(dy), PRE(x) - mean and what the activation was applied to, of a tile.
 
     Bits stand for the latter where there are any, as 1 and -1; else it is computed from x as
-    forward did. Where there is no x or no activation, dy stands in for it.
+    forward did. With INVERSE x is forward's output, and both come from that. Where there is no x or
+    no activation, dy stands in for it.
     """
     at = offsets(n, c, s, stride_dyn, stride_dyo, stride_dyi, VEC, CHANNELS_LAST)
     g = tl.load(dy_ptr + at, exists, other=0.0).to(DTYPE)
     source = g
-    x = g
+    deviation = g
     if x_ptr is not None:
         at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-        x = tl.load(x_ptr + at, exists, other=0.0).to(DTYPE)
-        source = x
-        if PRE is not None:
-            x = PRE(x, p, q)
+        source = tl.load(x_ptr + at, exists, other=0.0).to(DTYPE)
+        if INVERSE is not None:
+            source = INVERSE(source, p, q)
+            deviation = (source - bias[:, None]) / scale[:, None]
+        elif PRE is not None:
+            deviation = PRE(source, p, q) - mean[:, None]
+        else:
+            deviation = source - mean[:, None]
     if bits_ptr is not None:
         at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
         source = unpack(tl.load(bits_ptr + at, whole, other=0), CHANNELS_LAST, DTYPE)
-    elif GRAD is not None:
-        source = affine(x, mean, scale, bias)
+    elif GRAD is not None and INVERSE is None:
+        source = affine(source, mean, scale, bias)
         if residual_ptr is not None:
             at = offsets(n, c, s, stride_rn, stride_ro, stride_ri, VEC, CHANNELS_LAST)
             source += tl.load(residual_ptr + at, exists, other=0.0).to(DTYPE)
     if GRAD is not None:
         g = GRAD(g, source, p, q)
-    return tl.where(valid, g, 0.0), x, source
+    return tl.where(valid, g, 0.0), deviation, source
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -107,7 +113,7 @@ def backward_reduce_kernel(
     var_ptr,  # [C]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
-    x_ptr,  # [N, C, S]
+    x_ptr,  # [N, C, S], y with INVERSE
     dy_ptr,  # [N, C, S]
     residual_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
@@ -137,6 +143,7 @@ def backward_reduce_kernel(
     PRE: tl.constexpr,
     PRE_GRAD: tl.constexpr,
     GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -164,7 +171,7 @@ def backward_reduce_kernel(
         n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
         mask = c_mask[:, None] & exists[None, :]
-        g, x, source = upstream(
+        g, deviation, source = upstream(
             *(
                 tile,
                 n,
@@ -183,12 +190,12 @@ def backward_reduce_kernel(
                 bits_ptr,
             ),
             *(N, C, S, stride_dyn, stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi),
-            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, DTYPE, VEC, CHANNELS_LAST),
-            *(BLOCK_N, BLOCK_C, BLOCK_S),
+            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, INVERSE, DTYPE, VEC),
+            *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
         )
         sum_g += g
         if x_ptr is not None:
-            sum_g_x += tl.where(valid[None, :], g * (x - mean[:, None]), 0.0)
+            sum_g_x += tl.where(valid[None, :], g * deviation, 0.0)
         at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
         if dresidual_ptr is not None:
             store(dresidual_ptr, at, g, mask)
@@ -242,7 +249,7 @@ def backward_dx_kernel(
     bias_ptr,  # [C]
     count_ptr,  # [] values of a channel that count, with a mask only
     partials_ptr,  # [2, parts, C] float64: sums of g and of g * (PRE(x) - mean), in training only
-    x_ptr,  # [N, C, S], in training or if an activation needs it
+    x_ptr,  # [N, C, S], y with INVERSE; in training or if an activation needs it
     dy_ptr,  # [N, C, S]
     residual_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
@@ -273,6 +280,7 @@ def backward_dx_kernel(
     PRE: tl.constexpr,
     PRE_GRAD: tl.constexpr,
     GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
@@ -315,7 +323,7 @@ def backward_dx_kernel(
         n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
         mask = c_mask[:, None] & exists[None, :]
-        dx, x, source = upstream(
+        dx, deviation, source = upstream(
             *(
                 tile,
                 n,
@@ -334,11 +342,11 @@ def backward_dx_kernel(
                 bits_ptr,
             ),
             *(N, C, S, stride_dyn, stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi),
-            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, DTYPE, VEC, CHANNELS_LAST),
-            *(BLOCK_N, BLOCK_C, BLOCK_S),
+            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, INVERSE, DTYPE, VEC),
+            *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
         )
         if partials_ptr is not None:
-            dx = dx - offset[:, None] - (x - mean[:, None]) * slope[:, None]
+            dx = dx - offset[:, None] - deviation * slope[:, None]
         dx = dx * scale[:, None]
         if PRE_GRAD is not None:
             dx = PRE_GRAD(dx, source, p, q)
@@ -384,6 +392,7 @@ def batch_norm_backward(
     p: float,
     q: float,
     act_first: bool,
+    from_output: bool,
     dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     wanted: list[bool],
@@ -410,9 +419,10 @@ def batch_norm_backward(
         "PRE": functions(act)[0] if act_first else None,
         "PRE_GRAD": functions(act)[1] if act_first and wants_x else None,
         "GRAD": None if act_first else functions(act)[1],
+        "INVERSE": inverse(act) if from_output else None,
     }
     mean, var, weight, bias = dense(mean, var, weight, bias)
-    numbers = (eps, p, q)
+    numbers = (eps, p, torch.finfo(dy.dtype).eps / 4 if from_output else q)
     partials, grads = None, (dweight, dbias)
     if training or wants_weight or wants_bias or wants_residual:
         partials = dy.new_empty((2, launch.plan.splits, layout.C), dtype=torch.float64)

@@ -1,0 +1,46 @@
+"""GPUs by their vendors' numbers, for what can be said about them without having one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    bandwidth: float  # of DRAM, bytes a second; what kernels reach is less
+    l2: int  # bytes
+    sms: int
+    source: str
+
+
+GPUS = {
+    "H100": Gpu(
+        "NVIDIA H100 SXM5 80 GB",
+        bandwidth=3.35e12,
+        l2=50 * 2**20,
+        sms=132,
+        source="NVIDIA H100 Tensor Core GPU datasheet; architecture white paper",
+    ),
+    "H200": Gpu(
+        "NVIDIA H200 SXM 141 GB",
+        bandwidth=4.8e12,
+        l2=50 * 2**20,
+        sms=132,
+        source="NVIDIA H200 Tensor Core GPU datasheet; H100 architecture white paper",
+    ),
+    "A100": Gpu(
+        "NVIDIA A100 SXM4 80 GB",
+        bandwidth=2.039e12,
+        l2=40 * 2**20,
+        sms=108,
+        source="NVIDIA A100 Tensor Core GPU datasheet; architecture white paper",
+    ),
+    "L4": Gpu(
+        "NVIDIA L4 24 GB",
+        bandwidth=300e9,
+        l2=48 * 2**20,
+        sms=58,
+        source="NVIDIA L4 Tensor Core GPU datasheet; CUDA device properties",
+    ),
+}

@@ -1,0 +1,332 @@
+"""Bytes that batch norm moves to and from memory: counted, not timed, so that no GPU is needed.
+
+The unit is N, the bytes of one activation tensor. A launch is charged each tensor of that size that
+it reads or writes, once, and for the bits that tell an activation's gradient N/16 in 16-bit types;
+what has one number per channel is left out. That is the DRAM traffic of tensors well above the size
+of the L2 cache; smaller ones, marked with a star, may stay in it from one launch to the next. Times
+are these bytes over the bandwidth in the datasheet, which no kernel quite reaches.
+
+torch.compile is what its partitioner and fusion make of a network by default. `single read` is the
+least a kernel can move: the input stays on the chip between the statistics and their use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
+from perf.devices import GPUS, Gpu
+from perf.report import RESULTS, Report, count, directory, environment, write
+from tribn.launch import Device, collapse, make_plan
+
+PASSES = ("forward", "backward", "eval")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launch: its parameters, by their names in it, that are as large as the activation."""
+
+    name: str
+    reads: str = ""
+    writes: str = ""
+    when_combined: bool = False  # launched only where the plan has many partial results to merge
+    share: float = 1.0  # of the cases in which it is what runs
+
+    def units(self, itemsize: int) -> float:
+        """Bytes in units of N."""
+        return self.share * (size(self.reads, itemsize) + size(self.writes, itemsize))
+
+
+def size(tensors: str, itemsize: int) -> float:
+    """Of tensors of `itemsize` bytes an element, in units of N."""
+    return sum(1 / (8 * itemsize) if name == "bits" else 1 for name in tensors.split())
+
+
+@dataclass(frozen=True)
+class Model:
+    """What runs for one operation, and the large tensors it keeps for backward."""
+
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...]
+    eval: tuple[Kernel, ...]
+    saved: str
+
+    def kernels(self, direction: str, combine: bool) -> list[Kernel]:
+        kernels: tuple[Kernel, ...] = getattr(self, direction)
+        return [kernel for kernel in kernels if combine or not kernel.when_combined]
+
+    def units(self, direction: str, itemsize: int) -> float:
+        return sum(kernel.units(itemsize) for kernel in getattr(self, direction))
+
+
+STATS, NORMALIZE = Kernel("stats", "x"), Kernel("normalize", "x", "y")
+REDUCE, DX = Kernel("backward_reduce", "x dy"), Kernel("backward_dx", "x dy", "dx")
+COMBINE = Kernel("combine", when_combined=True)
+BACKWARD_COMBINE = Kernel("backward_combine", when_combined=True)
+NORMALIZE_ADD = Kernel("normalize", "x residual", "y")
+NORMALIZE_ADD_KEEP = Kernel("normalize", "x residual", "y bits")
+TORCH_BN = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
+
+
+def activations(model: Model) -> dict[str, Model]:
+    return {f"bn_{name}": model for name in ("relu", "relu6", "silu")}
+
+
+def eager() -> dict[str, Model]:
+    """Kernels of their own for what follows, each of which goes through memory.
+
+    The gradient of the residual is the one that batch norm's output gets, and costs nothing.
+    """
+    add, activation = Kernel("add", "x residual", "y"), Kernel("activation", "x", "y")
+    # ReLU reads its output, the others their input: one tensor either way.
+    derivative = Kernel("activation_backward", "y dy", "dx")
+
+    def followed_by(*more: Kernel) -> Model:
+        model = replace(TORCH_BN, forward=(*TORCH_BN.forward, *more), eval=(*TORCH_BN.eval, *more))
+        if activation not in more:
+            return model
+        return replace(model, backward=(derivative, *TORCH_BN.backward), saved="x y")
+
+    return {
+        "bn": TORCH_BN,
+        **activations(followed_by(activation)),
+        "bn_add": followed_by(add),
+        "bn_add_relu": followed_by(add, activation),
+    }
+
+
+def compiled() -> dict[str, Model]:
+    """What the partitioner and the fusion make of a network by default."""
+    # The output, which the next layer keeps as well, says where ReLU was zero.
+    relu = replace(
+        TORCH_BN,
+        backward=(
+            Kernel("backward_reduce", "x y dy"),
+            Kernel("backward_dx", "x y dy", "dx"),
+        ),
+        saved="x y",
+    )
+    add_relu = Model(
+        forward=(STATS, NORMALIZE_ADD),
+        backward=(
+            # 7 or 8, as the first kernel stores the residual's gradient or the second does, which
+            # depends on what else is fused: taken as half and half.
+            Kernel("backward_reduce", "x y dy", "dresidual", share=0.5),
+            Kernel("backward_dx", "x dresidual", "dx", share=0.5),
+            Kernel("backward_reduce", "x y dy", share=0.5),
+            Kernel("backward_dx", "x y dy", "dx dresidual", share=0.5),
+        ),
+        eval=(NORMALIZE_ADD,),
+        saved="x y",
+    )
+    # The derivatives of other activations are computed anew from x.
+    add = replace(TORCH_BN, forward=(STATS, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
+    return {
+        "bn": TORCH_BN,
+        **activations(TORCH_BN),
+        "bn_relu": relu,
+        "bn_add": add,
+        "bn_add_relu": add_relu,
+    }
+
+
+def two_passes() -> dict[str, Model]:
+    """tribn's: one pass for the statistics or sums, one with everything fused."""
+    bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, BACKWARD_COMBINE, DX), (NORMALIZE,), "x")
+    add = replace(bn, forward=(STATS, COMBINE, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
+    add_relu = Model(
+        forward=(STATS, COMBINE, NORMALIZE_ADD_KEEP),
+        # The second kernel takes up what the first made of dy.
+        backward=(Kernel("backward_reduce", "x dy bits", "dresidual"), BACKWARD_COMBINE, DX),
+        eval=(NORMALIZE_ADD,),
+        saved="x bits",
+    )
+    return {"bn": bn, **activations(bn), "bn_add": add, "bn_add_relu": add_relu}
+
+
+def single_read() -> dict[str, Model]:
+    """The least of all: the input stays on the chip between statistics and normalization."""
+    bn = Model((NORMALIZE,), (DX,), (NORMALIZE,), "x")
+    add = replace(bn, forward=(NORMALIZE_ADD,), eval=(NORMALIZE_ADD,))
+    add_relu = Model(
+        forward=(NORMALIZE_ADD_KEEP,),
+        backward=(Kernel("backward_dx", "x dy bits", "dx dresidual"),),
+        eval=(NORMALIZE_ADD,),
+        saved="x bits",
+    )
+    return {"bn": bn, **activations(bn), "bn_add": add, "bn_add_relu": add_relu}
+
+
+# By path and operation
+PATHS = {
+    "eager": eager(),
+    "torch.compile": compiled(),
+    "tribn": two_passes(),
+    "single read": single_read(),
+}
+FLOOR = "single read"
+
+
+def row(layer: Layer, layout: str, itemsize: int, gpu: Gpu) -> dict[str, Any]:
+    """A layer's traffic on every path."""
+    n = math.prod(layer.shape) * itemsize
+    models = {path: ops[layer.op] for path, ops in PATHS.items()}
+    tensors = collapse(layer.shape, [strides(layer.shape, layout)], axis=1)
+    assert tensors is not None, "they are dense"
+    plan = make_plan(tensors, itemsize, Device(gpu.sms), bits="bits" in models["tribn"].saved)
+    return {
+        "shape": layer.shape,
+        "op": layer.op,
+        "count": layer.count,
+        "bytes": n,
+        "fits_l2": n <= gpu.l2,
+        "units": {
+            path: {direction: model.units(direction, itemsize) for direction in PASSES}
+            for path, model in models.items()
+        },
+        "saved": {path: size(model.saved, itemsize) for path, model in models.items()},
+        "tribn_launches": {
+            direction: len(models["tribn"].kernels(direction, plan.combine)) for direction in PASSES
+        },
+        "floor_us": {
+            direction: models[FLOOR].units(direction, itemsize) * n / gpu.bandwidth * 1e6
+            for direction in PASSES
+        },
+    }
+
+
+def totals(rows: Sequence[dict[str, Any]], gpu: Gpu) -> list[dict[str, Any]]:
+    """Of all layers together, by path: in units of the bytes of all their tensors, and times."""
+    weights = [row["count"] * row["bytes"] for row in rows]
+
+    def mean(values: list[float]) -> float:
+        return sum(map(math.prod, zip(weights, values, strict=True))) / sum(weights)
+
+    found = []
+    for path in PATHS:
+        units = {d: mean([row["units"][path][d] for row in rows]) for d in PASSES}
+        both = units["forward"] + units["backward"]
+        found.append(
+            {
+                "path": path,
+                "units": {**units, "both": both},
+                "saved": mean([row["saved"][path] for row in rows]),
+                "floor_ms": both * sum(weights) / gpu.bandwidth * 1e3,
+            }
+        )
+    return found
+
+
+def described(model: Model, itemsize: int) -> dict[str, Any]:
+    """For JSON."""
+    kernels = {
+        direction: [
+            {**asdict(kernel), "units": kernel.units(itemsize)}
+            for kernel in getattr(model, direction)
+        ]
+        for direction in PASSES
+    }
+    return {**kernels, "saved": model.saved}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--net", choices=NETS, help="a network (resnet50)")
+    what.add_argument("--set", choices=SETS, help="a set of single shapes instead")
+    parser.add_argument("--batch", type=count, help="of a network; its usual one if not given")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="(%(default)s)")
+    parser.add_argument(
+        "--device", choices=GPUS, default="H100", help="for floor times and plans (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=directory, default=RESULTS, metavar="DIR", help="for the JSON (%(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.set and arguments.batch:
+        parser.error(f"--batch: the shapes of --set {arguments.set} have theirs")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    gpu, itemsize = GPUS[arguments.device], DTYPES[arguments.dtype].itemsize
+    name = arguments.set or arguments.net or "resnet50"
+    chosen = layers(name, arguments.batch)
+    rows = [row(layer, arguments.layout, itemsize, gpu) for layer in chosen]
+    ops = sorted({layer.op for layer in chosen})
+    report: Report = {
+        "command": "traffic",
+        "environment": environment("cpu"),
+        "name": name,
+        "batch": chosen[0].shape[0] if name in NETS else None,
+        "dtype": arguments.dtype,
+        "layout": arguments.layout,
+        "gpu": vars(gpu),
+        "kernels": {
+            path: {op: described(models[op], itemsize) for op in ops}
+            for path, models in PATHS.items()
+        },
+        "rows": rows,
+        "totals": totals(rows, gpu),
+    }
+    path = write(report, arguments.out, f"traffic-{name}")
+    console = Console()
+    console.print(layer_table(report), total_table(report), f"Bytes counted, not timed; {path}")
+
+
+def layer_table(report: Report) -> Table:
+    table = Table(
+        title=f"Units of N, forward+backward ({report['dtype']}, {report['layout']})",
+        caption=f"* may stay in the L2 cache of {report['gpu']['name']}, and move less",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    for heading in ("shape", "op", "", "N, MB"):
+        table.add_column(heading, overflow="fold")
+    for heading in (*PATHS, "tribn launches", "floor, µs"):
+        table.add_column(re.sub(r"(?<=[ .])", "\n", heading), justify="right")
+    for row in report["rows"]:
+        values = [*row["units"].values(), row["tribn_launches"]]
+        table.add_row(
+            "x".join(map(str, row["shape"])),
+            row["op"],
+            f"{row['count']}x",
+            f"{row['bytes'] / 1e6:.1f}" + "*" * row["fits_l2"],
+            *(f"{value['forward']:.2g}+{value['backward']:.2g}" for value in values),
+            f"{row['floor_us']['forward'] + row['floor_us']['backward']:.3g}",
+        )
+    return table
+
+
+def total_table(report: Report) -> Table:
+    gpu = report["gpu"]
+    table = Table(
+        "path",
+        title=f"{report['name']}, {sum(row['count'] for row in report['rows'])} layers",
+        caption=f"ms at the {gpu['bandwidth'] / 1e12:.3g} TB/s in the datasheet of {gpu['name']}",
+        box=SIMPLE_HEAD,
+    )
+    headings = ["forward", "backward", "both", "eval"]
+    for heading in (*headings, "saved", "ms"):
+        table.add_column(heading, justify="right")
+    for total in report["totals"]:
+        units = [*(total["units"][heading] for heading in headings), total["saved"]]
+        table.add_row(
+            total["path"], *(f"{value:.1f}" for value in units), f"{total['floor_ms']:.2f}"
+        )
+    return table

@@ -1,0 +1,140 @@
+"""What counts as a regression, and what is never compared."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+from cases import INTERPRET
+
+if INTERPRET:
+    pytest.skip("results of bench know no interpreter", allow_module_level=True)
+if not find_spec("rich"):
+    pytest.skip("perf needs rich", allow_module_level=True)
+
+from reports import KEY, bench, outcome, save
+
+BACKWARD = replace(KEY, direction="backward")
+SMALL = replace(KEY, shape=(8, 512, 7, 7), count=3)
+PROBLEM = {
+    "op": "bn",
+    "shape": [8, 64, 56, 56],
+    "provider": "tribn",
+    "problem": "output is off by 1",
+}
+
+
+def result(own, **changes):
+    """tribn's microseconds by key; torch.compile takes 200 and torch eager 300."""
+    times = {"compile": dict.fromkeys(own, 200.0), "eager": dict.fromkeys(own, 300.0)}
+    return bench({"tribn": own, **times}, **changes)
+
+
+STORED = result({KEY: 100.0, BACKWARD: 100.0})
+
+
+@pytest.fixture
+def regress(tmp_path, capsys):
+    """The outcome for a new result and stored ones."""
+    stored = tmp_path / "stored"
+    stored.mkdir()
+
+    def run(new, *reports):
+        for i, report in enumerate(reports):
+            save(stored / f"bench-{i}.json", report)
+        new = save(tmp_path / "new.json", new)
+        return outcome(["regress", new, "--baseline", str(stored)], capsys)
+
+    return run
+
+
+@pytest.mark.parametrize(("drop", "code"), [(0.11, 1), (0.09, 0), (-0.5, 0)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_more_than_a_tenth_in_any_direction_is_a_regression(drop, code, direction, regress):
+    slower = replace(KEY, direction=direction)
+    new = result({KEY: 100.0, BACKWARD: 100.0} | {slower: 100 / (1 - drop)})
+    found, said = regress(new, STORED)
+    assert found == code
+    assert f"{-drop:+.1%}" in said
+    assert ("lost more than 10%" in said) == bool(code)
+
+
+@pytest.mark.parametrize(("small", "code"), [(100 / 0.85, 1), (100 / 0.88, 0)])
+def test_layers_count_as_often_as_they_occur(small, code, regress):
+    stored = result({KEY: 100.0, SMALL: 100.0})
+    new = result({KEY: 100.0, SMALL: small})
+    assert regress(new, stored)[0] == code
+
+
+def test_the_ratio_counts_not_the_time(regress):
+    faster = {provider: {KEY: us} for provider, us in (("tribn", 90.0), ("compile", 100.0))}
+    assert regress(bench(faster), STORED)[0] == 1
+    slower = {provider: {KEY: us} for provider, us in (("tribn", 200.0), ("compile", 400.0))}
+    assert regress(bench(slower), STORED)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"device": "NVIDIA A100"}, {"device": "x86_64 CPU"}, {"cases": "mobilenet_v2"}],
+    ids=str,
+)
+def test_other_devices_and_networks_are_no_baseline(changes, regress):
+    stored = result({KEY: 1.0}, **changes)
+    code, said = regress(STORED, stored)
+    assert code == 0
+    assert "No other result of resnet50 on NVIDIA H100 is stored" in said
+    assert regress(result({KEY: 300.0, BACKWARD: 300.0}), stored, STORED)[0] == 1
+
+
+def test_a_result_is_not_its_own_baseline(regress):
+    assert "No other result" in regress(STORED, STORED)[1]
+
+
+def test_other_conditions_are_said(regress):
+    code, said = regress(result({KEY: 100.0}, torch="2.14.0", triton="3.8"), STORED)
+    assert code == 0
+    assert "torch: 2.13.0 stored, 2.14.0 new" in said
+    assert "triton: None stored, 3.8 new" in said
+    assert "not measured again: 1 of 2 ratios" in said
+
+
+@pytest.mark.parametrize("field", [{"dtype": "fp16"}, {"shape": (4, 64, 56, 56)}], ids=str)
+def test_nothing_in_common_is_an_error(field, regress):
+    code, said = regress(result({replace(KEY, **field): 100.0}), STORED)
+    assert code == 2
+    assert "shares no shape" in said
+
+
+@pytest.mark.parametrize("provider", ["tribn", None])
+def test_a_wrong_result_fails_without_a_stored_one(provider, regress):
+    code, said = regress(result({KEY: 100.0}, problems=[PROBLEM | {"provider": provider}]))
+    assert code == 1
+    assert "output is off by 1" in said
+
+
+def test_a_rival_may_be_wrong(regress):
+    new = result({KEY: 99.0}, problems=[PROBLEM | {"provider": "apex"}])
+    assert regress(new, STORED)[0] == 0
+
+
+def test_the_baseline_may_be_a_file(tmp_path, capsys):
+    old, new = save(tmp_path / "a.json", STORED), save(tmp_path / "b.json", result({KEY: 150.0}))
+    assert outcome(["regress", new, "--baseline", old], capsys)[0] == 1
+    assert outcome(["regress", old, "--baseline", new], capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"command": "bench", "rows": [{"us": 1}]}', '{"command": "demo"}']
+)
+def test_what_bench_did_not_write_is_refused(text, tmp_path, capsys):
+    bad, good = tmp_path / "bad.json", save(tmp_path / "good.json", STORED)
+    bad.write_text(text)
+    for argv in ([str(bad)], [good, "--baseline", str(bad)], [str(tmp_path / "none")], []):
+        code, said = outcome(["regress", *argv], capsys)
+        assert code == 2
+        assert "usage: python -m perf regress" in said
+
+
+def test_a_time_that_is_none_is_refused(tmp_path, capsys):
+    for us in (0, None, "fast"):
+        path = save(tmp_path / "new.json", result({KEY: us}))
+        assert outcome(["regress", path], capsys)[0] == 2

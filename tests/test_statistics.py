@@ -1,0 +1,116 @@
+"""Running statistics of a whole data set."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tribn
+
+
+def batches(sizes=(5, 2, 9), shape=(3, 4, 4)):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(n, *shape, generator=g) * (i + 1) + i for i, n in enumerate(sizes)]
+
+
+def expected(values, correction=1):
+    values = torch.cat([v.double() for v in values])
+    axes = [0, *range(2, values.dim())]
+    return values.mean(axes), values.var(axes, correction=correction)
+
+
+def assert_statistics(layer, values, correction=1):
+    mean, var = expected(values, correction)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_every_value_counts_the_same(correction, pairs):
+    data = batches()
+    model = nn.Sequential(tribn.BatchNorm2d(3, correction=correction), nn.Dropout()).eval()
+    model[1].train()
+    tribn.update_stats(model, [(x, None) for x in data] if pairs else data)
+    assert_statistics(model[0], data, correction)
+    assert model[0].num_batches_tracked == 3
+    assert [m.training for m in model] == [False, True]
+    assert not model[0]._forward_hooks
+
+
+def test_a_layer_used_twice_sees_both_inputs():
+    layer = tribn.BatchNorm2d(3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = layer
+
+        def forward(self, x):
+            self.bn(x)
+            return self.bn(input=2 * x + 1)
+
+    data = batches()
+    tribn.update_stats(Twice(), data)
+    assert_statistics(layer, [*data, *(2 * x + 1 for x in data)])
+    assert layer.num_batches_tracked == 6
+
+
+def test_masks_and_the_order_are_respected():
+    layer = tribn.BatchNorm1d(3, activation="sigmoid", order="act_norm")
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = layer
+
+        def forward(self, x):
+            return self.bn(x, lengths=torch.full((len(x),), 2))
+
+    data = batches(shape=(3, 5))
+    tribn.update_stats(Masked(), data)
+    assert_statistics(layer, [x[:, :, :2].sigmoid() for x in data])
+
+
+def test_deeper_layers_see_what_training_gives_them():
+    model = nn.Sequential(tribn.BatchNorm2d(3), tribn.BatchNorm2d(3))
+    data = batches()
+    tribn.update_stats(model, data)
+    normalized = [nn.functional.batch_norm(x, None, None, training=True) for x in data]
+    assert_statistics(model[1], normalized)
+
+
+def test_what_is_frozen_unused_or_without_statistics_stays():
+    model = nn.Sequential(
+        tribn.freeze(tribn.BatchNorm2d(3)), tribn.BatchNorm2d(3, track_running_stats=False)
+    )
+    model.unused = tribn.BatchNorm2d(3)
+    model.unused.num_batches_tracked.fill_(7)
+    model.forward = lambda x: model[1](model[0](x))
+    before = copy.deepcopy(model.state_dict())
+    tribn.update_stats(model, batches())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("data", [[], [*batches(), torch.randn(2, 5, 4, 4)]])
+def test_a_failure_leaves_everything_as_it_was(data):
+    model = nn.Sequential(tribn.BatchNorm2d(3)).eval()
+    model(torch.randn(2, 3, 4, 4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"loader is empty|5 channels"):
+        tribn.update_stats(model, data)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not model[0].training
+    assert not model[0]._forward_hooks
+
+
+def test_progress_is_shown_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    model = nn.Sequential(tribn.BatchNorm2d(3))
+    tribn.update_stats(model, batches())
+    assert "update_stats: 3/3 batches" in capsys.readouterr().err
+    tribn.update_stats(model, iter(batches()), progress=False)
+    assert not capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""The traffic model: totals, what is kept for backward, the report and its figure.
+
+tests/test_counting.py holds it to the kernels.
+"""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from cases import INTERPRET
+
+if INTERPRET:
+    pytest.skip("nothing here runs a kernel", allow_module_level=True)
+if missing := [name for name in ("matplotlib", "rich") if not find_spec(name)]:
+    pytest.skip(f"the report needs {', '.join(missing)}", allow_module_level=True)
+
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch.nn import functional as F
+
+import tribn
+from perf import traffic
+from perf.__main__ import main
+from perf.cases import NETS, OPS, SETS, Layer, layers, strides
+from perf.devices import GPUS
+from perf.figures.traffic import draw
+from perf.traffic import PASSES, PATHS
+
+H100 = GPUS["H100"]
+m = 1 / 16  # a bit for 16
+
+# Forward, backward and evaluation, in units of N
+EXPECTED = {
+    "eager": [(3, 5, 2), (5, 8, 4), (6, 5, 5), (8, 8, 7)],
+    "torch.compile": [(3, 5, 2), (3, 7, 2), (4, 5, 3), (4, 7.5, 3)],
+    "tribn": [(3, 5, 2), (3, 5, 2), (4, 5, 3), (4 + m, 6 + m, 3)],
+    "single read": [(2, 3, 2), (2, 3, 2), (3, 3, 3), (3 + m, 4 + m, 3)],
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_units(path):
+    ops = ["bn", "bn_relu", "bn_add", "bn_add_relu"]
+    models = [PATHS[path][op] for op in ops]
+    units = [tuple(model.units(d, itemsize=2) for d in PASSES) for model in models]
+    assert units == EXPECTED[path]
+
+
+def test_bits_weigh_less_beside_wider_elements():
+    assert PATHS["single read"]["bn_add_relu"].units("forward", itemsize=4) == 3 + 1 / 32
+
+
+def report(*argv, out):
+    main(["traffic", "--out", str(out), *argv])
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("batch", [32, 128])
+def test_resnet50_in_units_of_all_its_tensors(batch, tmp_path):
+    found = report("--batch", str(batch), out=tmp_path)
+    assert sum(row["count"] for row in found["rows"]) == 53
+    totals = {t["path"]: round(t["units"]["both"], 1) for t in found["totals"]}
+    assert totals == {
+        "eager": 13.8,
+        "torch.compile": 10.5,
+        "tribn": 9.1,
+        "single read": 6.1,
+    }
+
+
+def test_totals_weigh_layers_by_their_bytes_and_number():
+    small, large = Layer((8, 4, 2, 2), count=2), Layer((8, 4, 4, 4), "relu")
+    rows = [traffic.row(layer, "channels-first", 2, H100) for layer in (small, large)]
+    eager, *_ = traffic.totals(rows, H100)
+    n = 8 * 4 * 4 * 2  # bytes; twice that, and four times
+    assert eager["units"]["forward"] == pytest.approx((2 * 3 + 4 * 5) / 6)
+    assert eager["units"]["both"] == pytest.approx((2 * 8 + 4 * 13) / 6)
+    assert eager["saved"] == pytest.approx((2 * 1 + 4 * 2) / 6)
+    assert eager["floor_ms"] == pytest.approx((2 * 8 + 4 * 13) * n / 3.35e12 * 1e3)
+
+
+def test_floor_is_the_fewest_bytes_at_the_bandwidth_of_the_datasheet():
+    row = traffic.row(Layer((128, 256, 56, 56), "relu"), "channels-last", 2, H100)
+    n = 128 * 256 * 56 * 56 * 2
+    assert row["floor_us"]["forward"] == pytest.approx(2 * n / 3.35e12 * 1e6)
+    assert row["floor_us"]["backward"] == pytest.approx(3 * n / 3.35e12 * 1e6)
+    assert not row["fits_l2"]
+    assert traffic.row(Layer((8, 256, 56, 56)), "channels-last", 2, H100)["fits_l2"]
+
+
+@pytest.mark.parametrize("name", [*NETS, *SETS])
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+def test_every_layer_has_a_row_and_no_path_beats_the_floor(name, layout):
+    for layer in layers(name):
+        row = traffic.row(layer, layout, 2, H100)
+        for direction in PASSES:
+            floor = row["units"]["single read"][direction]
+            assert all(units[direction] >= floor > 0 for units in row["units"].values())
+            assert floor * row["bytes"] == layer.minimum_bytes(direction, 2)
+        launches = row["tribn_launches"]
+        assert launches["eval"] == 1
+        assert launches["forward"] == launches["backward"] in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "memory_format"),
+    [
+        ((2, 3, 4, 5), "channels-first", torch.contiguous_format),
+        ((2, 3, 4, 5), "channels-last", torch.channels_last),
+        ((2, 3, 4, 5, 6), "channels-last", torch.channels_last_3d),
+    ],
+)
+def test_strides_are_those_of_torch(shape, layout, memory_format):
+    assert strides(shape, layout) == torch.empty(shape, memory_format=memory_format).stride()
+    assert strides((7, 3), layout) == (3, 1)
+
+
+def eager(op):
+    def apply(x, weight, residual):
+        y = F.batch_norm(x, None, None, weight, weight, True)
+        if OPS[op].residual:
+            y = y + residual
+        activation = OPS[op].activation
+        return getattr(F, activation)(y) if activation else y
+
+    return apply
+
+
+def fused(op):
+    def apply(x, weight, residual):
+        return tribn.functional.batch_norm(
+            *(x, None, None, weight, weight, True),
+            activation=OPS[op].activation,
+            residual=residual if OPS[op].residual else None,
+        )
+
+    return apply
+
+
+def inputs():
+    shapes = (4, 8, 16, 16), (8,), (4, 8, 16, 16)
+    return [torch.rand(shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("path", "operation"), [("eager", eager), ("tribn", fused)])
+def test_saved_for_backward(path, operation, op):
+    x, *others = inputs()
+    saved = {}
+
+    def pack(tensor):
+        if tensor.numel() > 8:  # neither statistics nor parameters
+            saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        operation(op)(x, *others)
+    assert sum(saved.values()) == traffic.size(PATHS[path][op].saved, x.itemsize) * x.nbytes
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_compile_reads_in_backward_what_its_partitioner_saves(op):
+    """In a network: what only the convolution that follows reads is not batch norm's."""
+    backward = []
+
+    def capture(graph, _):
+        backward.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    partitioned = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=capture,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    x, *others = inputs()
+    filters, bn = torch.ones(2, 8, 1, 1, requires_grad=True), eager(op)
+
+    @torch.compile(backend=partitioned)
+    def network(*args):
+        return F.conv2d(bn(*args), filters)
+
+    network(x, *others).sum().backward()
+    large = [
+        node
+        for node in backward[0].find_nodes(op="placeholder")
+        if node.meta["val"].numel() == x.numel()
+        and any("convolution" not in user.name for user in node.users)
+    ]
+    model = PATHS["torch.compile"][op]
+    assert len(large) == len(model.saved.split())
+    reads = set(model.backward[0].reads.split()) - {"dy"}
+    assert reads == set(model.saved.split())
+
+
+def test_report_of_a_set(tmp_path, capsys):
+    argv = ["--set", "tabular", "--dtype", "fp32", "--layout", "channels-last", "--device", "L4"]
+    found = report(*argv, out=tmp_path)
+    assert (found["command"], found["name"]) == ("traffic", "tabular")
+    assert found["environment"]["tribn"] == tribn.__version__
+    assert found["gpu"]["bandwidth"] == 300e9
+    assert found["rows"][0]["bytes"] == 1024 * 256 * 4
+    stats, combine, normalize = found["kernels"]["tribn"]["bn_relu"]["forward"]
+    assert (stats["reads"], stats["writes"], stats["units"]) == ("x", "", 1)
+    assert (combine["name"], combine["when_combined"], combine["units"]) == ("combine", True, 0)
+    assert (normalize["reads"], normalize["writes"], normalize["units"]) == ("x", "y", 2)
+    printed = capsys.readouterr().out
+    assert "not timed" in printed
+    assert "NVIDIA L4" in printed
+
+
+@pytest.mark.parametrize(("net", "panels"), [("resnet50", 4), ("unet3d", 2)])
+def test_figure_says_what_the_report_says(net, panels, tmp_path):
+    found = report("--net", net, out=tmp_path)
+    ((figure, caption),) = draw(found).values()
+    assert "not timed" in caption
+    assert len(figure.axes) == panels
+    whole = figure.axes[0]
+    drawn = {path.get_text() for path in whole.get_yticklabels()}
+    assert drawn == set(PATHS)
+    ends = [bar.get_x() + bar.get_width() for bar in whole.containers[1]]
+    totals = [total["units"]["both"] for total in found["totals"]]
+    assert ends == pytest.approx(totals, rel=1e-5)  # JSON has six digits
+
+
+def test_figure_is_drawn_by_plot(tmp_path):
+    found = report("--net", "pointnet", out=tmp_path)
+    main(["plot", str(tmp_path / "traffic-pointnet.json")])
+    assert (tmp_path / "traffic-pointnet.png").exists()
+    text = (tmp_path / "traffic-pointnet.svg").read_text()
+    assert all(f"{total['units']['both']:.1f}" in text for total in found["totals"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--net", "alexnet"],
+        ["--batch", "0"],
+        ["--device", "H1000"],
+        ["--set", "hard", "--net", "resnet50"],
+        ["--set", "hard", "--batch", "3"],
+        ["--out", __file__],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["traffic", *argv])
+    assert exit.value.code == 2
+    assert "usage: python -m perf traffic" in capsys.readouterr().err
