@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -200,11 +202,14 @@ def torch_batch_norm(
 def run(function, inputs: Inputs, training: bool, momentum=MOMENTUM, eps=EPS, **options):
     """The outputs, gradients and new running statistics of `function`, by name."""
     t = inputs
+    tensors = {"x": t.x, "weight": t.weight, "bias": t.bias, "residual": options.get("residual")}
     leaves = {
         name: tensor.detach().requires_grad_()
-        for name, tensor in (("x", t.x), ("weight", t.weight), ("bias", t.bias))
-        if tensor is not None
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point()
     }
+    if "residual" in leaves:
+        options["residual"] = leaves["residual"]
     stats = [deepcopy(s) for s in (t.running_mean, t.running_var)]  # which keeps the strides
     y = function(
         *(leaves["x"], *stats, leaves.get("weight"), leaves.get("bias")),
@@ -337,3 +342,224 @@ def strides(x: Tensor) -> list[int]:
 def without(inputs: Inputs, *names: str) -> Inputs:
     """The inputs with some of them None."""
     return replace(inputs, **dict.fromkeys(names))
+
+
+# What is fused around the normalization: an activation, a residual, a mask.
+
+ACTIVATIONS: dict[str, torch.nn.Module] = {
+    "relu": torch.nn.ReLU(),
+    "relu6": torch.nn.ReLU6(),
+    "leaky_relu": torch.nn.LeakyReLU(),
+    "elu": torch.nn.ELU(),
+    "gelu": torch.nn.GELU(),
+    "gelu_tanh": torch.nn.GELU("tanh"),
+    "silu": torch.nn.SiLU(),
+    "mish": torch.nn.Mish(),
+    "sigmoid": torch.nn.Sigmoid(),
+    "tanh": torch.nn.Tanh(),
+    "softplus": torch.nn.Softplus(),
+    "hardswish": torch.nn.Hardswish(),
+    "hardsigmoid": torch.nn.Hardsigmoid(),
+}
+ORDERS = ("norm_act", "act_norm")
+ONE_BIT = ("relu", "relu6", "leaky_relu")
+
+# The input's shape and layout; sizes that eight does not divide.
+FUSED_LAYOUTS: dict[str, Case] = {
+    "contiguous": Case((3, 5, 3, 4)),
+    "channels_last": Case((2, 9, 3, 3), layout="channels_last"),
+    "channels_last_3d": Case((2, 3, 2, 3, 3), layout="channels_last_3d"),
+    "NC": Case((17, 6)),
+    "NLC": Case((3, 6, 5), channel_axis=-1),
+    "sliced": Case((3, 5, 9), layout="sliced"),
+}
+# A residual with the given values, which are laid out as the input is.
+RESIDUALS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "same": lambda x: x,
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "wider": lambda x: x.to(F64 if x.dtype == F32 else F32),
+    "bfloat16": lambda x: x.to(BF16),
+    "integer": lambda x: x.int(),
+}
+MASKS = ("none", "random", "lengths", "rows", "nothing")
+
+
+def lengths_of(shape: Sequence[int]) -> Tensor:
+    """The lengths of the rows of a mask of this shape: 0, 2, 4 and so on."""
+    return (2 * torch.arange(shape[0])).clamp(max=shape[-1])
+
+
+def mask_of(kind: str, shape: Sequence[int], g: torch.Generator) -> Tensor | None:
+    """One of the `MASKS` for an input that has this shape without its channel axis."""
+    shape = tuple(shape)
+    ahead = (-1, *(1,) * (len(shape) - 1))
+    if kind == "none":
+        return None
+    if kind == "random":
+        return torch.rand(shape, generator=g) < 0.6
+    if kind == "lengths":
+        return (torch.arange(shape[-1]) < lengths_of(shape).view(ahead)).expand(shape)
+    if kind == "rows":
+        return (torch.arange(shape[0]) % 2 == 1).view(ahead).expand(shape)
+    assert kind == "nothing"
+    return torch.zeros(shape, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One way to call batch_norm with all that can be fused."""
+
+    training: bool
+    activation: str
+    order: str
+    residual: str
+    mask: str
+    layout: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        mode = "training" if self.training else "eval"
+        return "-".join((mode, *map(str, list(vars(self).values())[1:]))).replace("torch.", "")
+
+    def call(self, device: str = "cpu") -> tuple[Inputs, dict[str, Any]]:
+        """The inputs, and the keywords beside them. What the mask leaves out holds NaN."""
+        case = replace(FUSED_LAYOUTS[self.layout], dtype=self.dtype, std=3.0)
+        t = Inputs.of(case, device)
+        g = torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
+        options: dict[str, Any] = {"activation": self.activation, "order": self.order}
+        if residual_of := RESIDUALS[self.residual]:
+            values = torch.randn(case.shape, generator=g, dtype=F64) * 3
+            options["residual"] = residual_of(torch.empty_like(t.x).copy_(values))
+            t = replace(t, dy=t.dy.to(torch.result_type(t.x, options["residual"])))
+        mask = mask_of(self.mask, [size for d, size in enumerate(case.shape) if d != t.axis], g)
+        if mask is not None:
+            options["mask"] = mask = mask.to(device)
+            for tensor in (t.x, t.dy, options.get("residual")):
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.movedim(t.axis, -1)[~mask] = math.nan
+        return t, options
+
+
+def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few rows in which every value of a factor meets every value of every other.
+
+    Greedily: a row starts with the first pair that has not occurred, and takes of each other factor
+    the value that makes the most new pairs with the row so far, the least used of them.
+    """
+
+    def pair(*values: tuple[str, Any]) -> frozenset[tuple[str, Any]]:
+        return frozenset(values)
+
+    missing = {
+        pair((a, v), (b, w)): {a: v, b: w}
+        for a, b in itertools.combinations(factors, 2)
+        for v, w in itertools.product(factors[a], factors[b])
+    }
+    rows, uses = [], Counter()
+    while missing:
+        row = dict(next(iter(missing.values())))
+        for name in factors:
+            if name not in row:
+                new = {
+                    v: sum(pair((name, v), other) in missing for other in row.items())
+                    for v in factors[name]
+                }
+                row[name] = max(new, key=lambda v: (new[v], -uses[name, v]))
+        uses.update(row.items())
+        for two in itertools.combinations(row.items(), 2):
+            missing.pop(pair(*two), None)
+        rows.append(row)
+    return rows
+
+
+FACTORS: dict[str, Sequence[Any]] = {
+    "activation": (None, *ACTIVATIONS),
+    "residual": tuple(RESIDUALS),
+    "layout": tuple(FUSED_LAYOUTS),
+    "mask": MASKS,
+    "dtype": DTYPES,
+    "order": ORDERS,
+    "training": (True, False),
+}
+FUSED = [Fused(**row) for row in pairwise(FACTORS)]
+
+
+def compose(
+    x, running_mean, running_var, weight, bias, training, momentum, eps,
+    channel_axis=1, activation=None, order="norm_act", residual=None, mask=None,
+):  # fmt: skip
+    """batch_norm by torch's own operators, one after another, on what the mask counts in."""
+    act = ACTIVATIONS.get(activation, activation) or torch.nn.Identity()
+    if mask is not None:
+        rows = [None if t is None else t.movedim(channel_axis, -1)[mask] for t in (x, residual)]
+        y = compose(
+            *(rows[0], running_mean, running_var, weight, bias),
+            *(training and len(rows[0]) > 0, momentum, eps, 1, act, order, rows[1]),
+        )
+        out = y.new_zeros(*mask.shape, x.shape[channel_axis])
+        return out.index_put((mask,), y).movedim(-1, channel_axis)
+    z = torch_batch_norm(
+        *(act(x) if order == "act_norm" else x, running_mean, running_var, weight, bias),
+        *(training, momentum, eps, channel_axis),
+    )
+    z = z if residual is None else z + residual
+    return act(z) if order == "norm_act" else z
+
+
+def converted(values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same numbers, those that are floating in another dtype."""
+    return {
+        name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for name, v in values.items()
+    }
+
+
+# torch's gradient of hardsigmoid has 1/6 in float32, whatever the dtype, and no derivative.
+EXACT = {"hardsigmoid": lambda z: torch.nn.functional.relu6(z + 3) / 6}
+STEEPEST = 1.5  # the largest derivative of an activation: hardswish at 3
+
+
+def fused_exact(inputs: Inputs, training: bool, options: dict[str, Any]) -> dict[str, Exact]:
+    """What `run` should return: the composition in float64, and what the arithmetic's dtype costs.
+
+    That is four ulps of the largest term of a sum, as in `exact`. And the composition in float64 is
+    no measure of itself: it is taken to lose as many ulps as it loses in float32.
+    """
+    t, o = Inputs(**converted(vars(inputs), F64)), converted(options, F64)
+    name = o["activation"]
+    o["activation"] = act = EXACT.get(name, ACTIVATIONS.get(name, name))
+    results = run(compose, t, training, **o)
+
+    def rows(x: Tensor) -> Tensor:
+        x, mask = x.movedim(t.axis, -1), o.get("mask")
+        return x.flatten(0, -2) if mask is None else x[mask]
+
+    a, dy = rows(t.x), STEEPEST * rows(t.dy)
+    if act is not None and o["order"] == "act_norm":
+        a = act(a)
+    mean, var = t.running_mean, t.running_var
+    if training and len(a):
+        mean, var = a.mean(0), a.var(0, correction=0)
+    rstd = (var + EPS).rsqrt()
+    xhat = (a - mean) * rstd
+    residual = o.get("residual")
+    terms = {
+        "y": [xhat * t.weight, t.bias] + ([] if residual is None else [rows(residual)]),
+        "dx": [dy * t.weight * rstd],
+        "dweight": [dy * xhat],
+        "dbias": [dy],
+    }
+    dtype = accumulator(inputs.x.dtype)
+    slack = dict.fromkeys(results, 0.0)
+    for name, values in terms.items():
+        slack[name] = 4 * ulp(max(largest(wide(value)) for value in values), dtype)
+    if dtype == F64:
+        narrow = Inputs(**converted(vars(inputs), F32)), converted(options, F32)
+        same = Inputs(**converted(vars(narrow[0]), F64)), converted(narrow[1], F64)
+        lossy, lossless = (run(compose, i, training, **o) for i, o in (narrow, same))
+        for name in slack:
+            error = largest(wide(lossy[name]) - wide(lossless[name]))
+            slack[name] += 2 * error * torch.finfo(F64).eps / torch.finfo(F32).eps
+    return {name: Exact(wide(result), slack[name]) for name, result in results.items()}

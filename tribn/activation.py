@@ -63,11 +63,26 @@ class Kind:
     parameters: dict[str, float]
 
 
+def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return dy * (s * (1 + z * (1 - s)))
+
+
+def _mish_backward(dy: Tensor, z: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(z))
+    return dy * (t + z * torch.sigmoid(z) * (1 - t * t))
+
+
+def _hardsigmoid_backward(dy: Tensor, z: Tensor) -> Tensor:
+    return torch.where((z > -3) & (z < 3), dy / 6, 0)
+
+
 def _kind(module: type[nn.Module], function: Any, backward: Any, **parameters: float) -> Kind:
     return Kind(module, function, backward, parameters)
 
 
-# `tribn.kernels.activation` has the device functions of the same names.
+# `tribn.kernels.activation` has the device functions of the same names. Gradients can be
+# differentiated again; torch's own operators cannot for silu, mish and hardsigmoid.
 KINDS: dict[str, Kind] = {
     "relu": _kind(
         nn.ReLU, lambda z, p, q: F.relu(z), lambda dy, z, p, q: aten.threshold_backward(dy, z, 0)
@@ -98,10 +113,10 @@ KINDS: dict[str, Kind] = {
         lambda dy, z, p, q: aten.gelu_backward(dy, z, approximate="tanh"),
     ),
     "silu": _kind(
-        nn.SiLU, lambda z, p, q: F.silu(z), lambda dy, z, p, q: aten.silu_backward(dy, z)
+        nn.SiLU, lambda z, p, q: F.silu(z), lambda dy, z, p, q: _silu_backward(dy, z)
     ),
     "mish": _kind(
-        nn.Mish, lambda z, p, q: F.mish(z), lambda dy, z, p, q: aten.mish_backward(dy, z)
+        nn.Mish, lambda z, p, q: F.mish(z), lambda dy, z, p, q: _mish_backward(dy, z)
     ),
     "sigmoid": _kind(
         nn.Sigmoid,
@@ -128,7 +143,7 @@ KINDS: dict[str, Kind] = {
     "hardsigmoid": _kind(
         nn.Hardsigmoid,
         lambda z, p, q: F.hardsigmoid(z),
-        lambda dy, z, p, q: aten.hardsigmoid_backward(dy, z),
+        lambda dy, z, p, q: _hardsigmoid_backward(dy, z),
     ),
 }
 

@@ -136,11 +136,13 @@ class _Keep(NamedTuple):
         bits: Tensor | None,
         options: Options,
     ) -> None:
+        kept = y if self.output else x
         ctx.save_for_backward(
-            *((y if self.output else x) if self.x else None, mean, var, weight, bias),
+            *(kept if self.x else None, mean, var, weight, bias),
             *(residual if self.residual else None, bits, mask, count),
         )
         ctx.options, ctx.stride, ctx.dtype = options, y.stride(), x.dtype
+        ctx.kept_stride = kept.stride()
         ctx.from_output = self.output
         ctx.residual_dtype = None if residual is None else residual.dtype
 
@@ -164,8 +166,10 @@ def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
 
 def _backward(ctx: Any, dy: Tensor, training: bool, needs: tuple[bool, ...]) -> Grads:
     options: Options = ctx.options
-    tensors = ctx.saved_tensors
-    x, mask = tensors[0], tensors[-2]
+    x, *others = ctx.saved_tensors
+    if x is not None and x.stride() != ctx.kept_stride:  # a hook may have copied it
+        x = _with_stride(x, ctx.stride)
+    tensors, mask = (x, *others), others[-2]
     # Nothing happens to the residual's gradient without an activation behind it, or a mask.
     changed = mask is not None or (options.activation.name and not options.act_first)
     wanted = [*needs[:3], bool(needs[3] and changed)]

@@ -196,6 +196,8 @@ def batch_norm_backward(
     """
     like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
     exact = accumulator(dy.dtype)
+    if x is not None and exact == torch.float64:
+        x = x.double()  # a residual may have made dy wider than x
     act = Activation(activation, p, q)
     g, source, a = dy, None, x
     if from_output and x is not None and x.numel():
@@ -357,7 +359,8 @@ def unpack(bits: Tensor, y: Tensor, axis: int) -> Tensor:
     layout, order = _runs(y, axis)
     shape = (layout.N, layout.C, layout.S)
     on: Tensor = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=y.device) & 1
-    runs = on.flatten(-2).view(*(shape[d] for d in order[:2]), -1)[..., : shape[order[2]]]
+    on = on.flatten(-2)
+    runs = on.view(*(shape[d] for d in order[:2]), on.shape[-1])[..., : shape[order[2]]]
     signs = torch.empty_like(y, dtype=accumulator(y.dtype))
     signs.as_strided(shape, layout.strides[0]).copy_(runs.permute(order)).mul_(2).sub_(1)
     return signs

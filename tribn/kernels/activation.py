@@ -47,7 +47,7 @@ def relu6(z, p, q):
 
 @triton.jit
 def relu6_grad(dy, z, p, q):
-    return tl.where((z > 0.0) & (z < 6.0), dy, 0.0)
+    return tl.where((z <= 0.0) | (z >= 6.0), 0.0, dy)
 
 
 @triton.jit

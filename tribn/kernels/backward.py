@@ -198,14 +198,14 @@ def backward_reduce_kernel(
             sum_g_x += tl.where(valid[None, :], g * deviation, 0.0)
         at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + at, g, mask)
+            store(dresidual_ptr, at, g, mask)
         if dx_ptr is not None:
             dx = g * scale[:, None]
             if PRE_GRAD is not None:
                 dx = PRE_GRAD(dx, source, p, q)
             if mask_ptr is not None:
                 dx = tl.where(valid[None, :], dx, 0.0)
-            tl.store(dx_ptr + at, dx, mask)
+            store(dx_ptr, at, dx, mask)
     at = group * C + c
     tl.store(partials_ptr + at, tl.sum(sum_g, 1), c_mask)
     tl.store(partials_ptr + G * C + at, tl.sum(sum_g_x, 1), c_mask)
@@ -353,7 +353,7 @@ def backward_dx_kernel(
         if mask_ptr is not None:
             dx = tl.where(valid[None, :], dx, 0.0)
         at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
-        tl.store(dx_ptr + at, dx, mask)
+        store(dx_ptr, at, dx, mask)
 
 
 def backward_combine(

@@ -61,8 +61,9 @@ def stats_kernel(
 ):
     """Mean, sum of squared deviations and count of PRE(x) in each split.
 
-    Sums of x - shift and of its square, the shift being the mean of the split's first tile: with
-    k tiles in a split, cancellation costs at most a factor k + 1 in the variance's rounding error.
+    Sums of x - shift and of its square, the shift being the mean of the split's first tile, or of
+    the first that the mask does not leave out: with k times as many values in the split as in that
+    tile, cancellation costs at most a factor k + 1 in the variance's rounding error.
     Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
@@ -72,6 +73,11 @@ def stats_kernel(
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     n, s, exists = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
     valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+    if mask_ptr is not None:
+        while (first + 1 < last) & (tl.sum(valid.to(tl.int32), 0) == 0):
+            first += 1
+            n, s, exists = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
     at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
     x = tl.load(x_ptr + at, c_mask[:, None] & exists[None, :], other=0.0).to(DTYPE)
     if PRE is not None:

@@ -249,9 +249,9 @@ def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def store(ptr, c, value, c_mask):
-    """Stores a number of each channel, given in float64."""
+def store(ptr, at, value, mask):
+    """Stores numbers that may be float64 and become half precision only by way of float32."""
     if ptr.dtype.element_ty == tl.float64:
-        tl.store(ptr + c, value, c_mask)
+        tl.store(ptr + at, value, mask)
     else:
-        tl.store(ptr + c, value.to(tl.float32), c_mask)
+        tl.store(ptr + at, value.to(tl.float32), mask)
