@@ -505,7 +505,12 @@ def test_empty_batch_can_be_differentiated_twice(device):
     assert dx.shape == x.shape
 
 
+class SubclassedReLU(torch.nn.ReLU):
+    """What it does instead of relu nobody knows."""
+
+
 META = torch.device("meta")
+NESTED = torch.nested.nested_tensor([torch.ones(3, 2)] * 5, layout=torch.jagged)
 BOTH, TRAIN, EVAL = (True, False), (True,), (False,)
 
 # of a good call with an input of shape (5, 3, 2): what is replaced, the error, what its message
@@ -554,6 +559,43 @@ BAD_CALLS = [
     ({"num_batches_tracked": torch.tensor([1, 2])}, ValueError, "num_batches_tracked has", TRAIN),
     ({"num_batches_tracked": torch.tensor(1, device=META)}, ValueError, "num_batches_tracked is on",
      TRAIN),
+    *[({"activation": a}, ValueError, "activation is .*it must be one of relu, ", BOTH)
+      for a in ("swish", "", "ReLU", torch.nn.Softmax(1), torch.nn.SELU(), SubclassedReLU())],
+    *[({"activation": a}, TypeError, "activation is a .*: it must be a name, a module", BOTH)
+      for a in (torch.nn.ReLU, torch.relu, 1, ["relu"])],
+    *[({"order": order}, ValueError, "order is .*'norm_act' or 'act_norm'", BOTH)
+      for order in ("act", "", None, 1)],
+    *[({"nonfinite": value}, ValueError, "nonfinite is .*'propagate' or 'skip'", BOTH)
+      for value in ("ignore", None, True)],
+    *[({"correction": value}, ValueError, "correction is .*0 or 1", BOTH)
+      for value in (2, -1, 0.5, 1.0, True, None)],
+    *[({"memory": value}, ValueError, "memory is .*'input' or 'inplace'", BOTH)
+      for value in ("output", None)],
+    ({"residual": [1.0]}, TypeError, "residual is a list", BOTH),
+    *[({"residual": torch.ones(s)}, ValueError, "residual has shape .*input.*equal", BOTH)
+      for s in ((5, 3), (5, 3, 1), (1, 3, 2), (3, 5, 2), (5, 3, 2, 1), ())],
+    ({"residual": torch.ones(5, 3, 2, device=META)}, ValueError, "residual is on meta", BOTH),
+    *[({"residual": torch.ones(5, 3, 2).to(dtype)}, TypeError, f"residual is {dtype}", BOTH)
+      for dtype in (torch.complex64, torch.complex128, torch.float8_e4m3fn)],
+    ({"residual": torch.ones(5, 3, 2).to_sparse()}, TypeError, "residual is torch.sparse", BOTH),
+    ({"residual": NESTED}, TypeError, "residual is nested", BOTH),
+    ({"mask": [True]}, TypeError, "mask is a list", BOTH),
+    *[({"mask": torch.ones(5, 2).to(dtype)}, TypeError, f"mask is {dtype}: it must be bool", BOTH)
+      for dtype in (torch.uint8, torch.int64, torch.float32)],
+    *[({"mask": torch.ones(s).bool()}, ValueError, r"mask has shape .*it must be \(5, 2\)", BOTH)
+      for s in ((5,), (5, 3, 2), (5, 1), (1, 2), (2, 5), (5, 1, 2), ())],
+    ({"mask": torch.ones(5, 2, device=META).bool()}, ValueError, "mask is on meta", BOTH),
+    ({"mask": torch.ones(5, 2).bool().to_sparse()}, TypeError, "mask is torch.sparse_coo", BOTH),
+    ({"mask": torch.ones(5, 2).bool(), "lengths": torch.ones(5).int()}, ValueError,
+     "mask and lengths are given", BOTH),
+    ({"lengths": [1, 2, 1, 2, 1]}, TypeError, "lengths is a list", BOTH),
+    *[({"lengths": torch.ones(5).to(dtype)}, TypeError, f"lengths is {dtype}", BOTH)
+      for dtype in (torch.float32, torch.bool)],
+    *[({"lengths": torch.ones(s).int()}, ValueError, r"lengths has shape .*must be \(N,\)", BOTH)
+      for s in ((4,), (3,), (5, 1), ())],
+    ({"lengths": torch.ones(5, device=META).int()}, ValueError, "lengths is on meta", BOTH),
+    *[({"input": torch.ones(s), "lengths": torch.ones(5).int()}, ValueError,
+       "lengths has shape .*give a mask", BOTH) for s in ((5, 3), (5, 3, 2, 2))],
 ]  # fmt: skip
 
 
@@ -576,13 +618,59 @@ def test_bad_arguments_raise_and_change_nothing(replaced, error, message, traini
     call = {name: move(tensor) for name, tensor in zip(names, tensors, strict=True)}
     call |= {"num_batches_tracked": move(torch.tensor(1)), "momentum": 0.1, "eps": EPS}
     call |= {name: move(value) for name, value in replaced.items()} | {"training": training}
-    tensors = {n: v for n, v in call.items() if isinstance(v, torch.Tensor) and v.device != META}
+    tensors = {
+        name: value
+        for name, value in call.items()
+        if isinstance(value, torch.Tensor)
+        and value.device != META
+        and value.layout == torch.strided
+    }
     before = {name: (tensor.clone(), tensor._version) for name, tensor in tensors.items()}
     with pytest.raises(error, match=message):
         batch_norm(**call)
     for name, (copy, version) in before.items():
         assert torch.equal(tensors[name], copy), name
         assert tensors[name]._version == version, name
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.requires_grad_(), "requires a gradient"),
+        (lambda state: state[:1].expand(3), "is expanded"),
+    ],
+)
+def test_statistics_that_cannot_be_updated_are_refused_in_training(change, message, name, device):
+    x = torch.randn(4, 3, device=device)
+    states = {n: torch.ones(3, device=device) for n in ("running_mean", "running_var")}
+    states[name] = change(states[name])
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        batch_norm(x, **states, training=True)
+    assert all((state == 1).all() for state in states.values())
+    batch_norm(x, **states)
+
+
+def test_one_tensor_cannot_be_both_statistics(device):
+    state = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match="running_mean and running_var are one tensor"):
+        batch_norm(torch.randn(4, 3, device=device), state, state, training=True)
+    assert (state == 1).all()
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_inference_tensors_are_updated_in_inference_mode_only(name, device):
+    x = torch.randn(4, 3, device=device)
+    states = {n: torch.ones(3, device=device) for n in ("running_mean", "running_var")}
+    states["num_batches_tracked"] = torch.tensor(1, device=device)
+    with torch.inference_mode():
+        states[name] = states[name].clone()
+    with pytest.raises(ValueError, match=f"{name} is an inference tensor"):
+        batch_norm(x, training=True, **states)
+    with torch.inference_mode():
+        batch_norm(x, training=True, **states)
+    assert states["num_batches_tracked"] == 2
+    batch_norm(x, states["running_mean"], states["running_var"])
 
 
 @pytest.mark.parametrize(
@@ -592,6 +680,9 @@ def test_bad_arguments_raise_and_change_nothing(replaced, error, message, traini
         (torch.ones(5, 3).int(), {}, TypeError, "input is torch.int32"),
         (torch.ones(5), {}, ValueError, "input has shape"),
         (torch.ones(5, 3), {"channel_axis": 2}, ValueError, "channel_axis is 2"),
+        (torch.ones(5, 3), {"mask": torch.ones(5, 3).bool()}, ValueError, "mask has shape"),
+        (torch.ones(5, 3), {"mask": torch.ones(5)}, TypeError, "mask is torch.float32"),
+        (torch.ones(5, 3), {"lengths": torch.ones(5).int()}, ValueError, "lengths has shape"),
     ],
 )
 def test_batch_stats_refuses_bad_arguments(input, options, error, message):

@@ -63,7 +63,7 @@ def batch_norm(
             "sigmoid", "tanh", "softplus", "hardswish" or "hardsigmoid" with torch's defaults, or
             torch.nn's module for one of them with its parameters.
         order: "norm_act" or "act_norm".
-        residual: tensor of the input's shape, any strides, any dtype but complex.
+        residual: tensor of the input's shape, any strides, in one of its dtypes or integer or bool.
         mask: bool tensor of the input's shape without the channel axis, True where the input
             counts. Elsewhere it may hold anything, and output and gradients are zero.
         lengths: integer tensor (N,), for input with one axis besides batch and channel: the mask
@@ -211,7 +211,7 @@ def check_options(order: str, nonfinite: str, correction: int) -> None:
         raise ValueError(f"order is {order!r}: it must be 'norm_act' or 'act_norm'")
     if nonfinite not in ("propagate", "skip"):
         raise ValueError(f"nonfinite is {nonfinite!r}: it must be 'propagate' or 'skip'")
-    if correction not in (0, 1):
+    if type(correction) is not int or correction not in (0, 1):
         raise ValueError(f"correction is {correction!r}: it must be 0 or 1")
 
 
@@ -282,8 +282,11 @@ def _check_residual(residual: Tensor, input: Tensor) -> Tensor:
     _check_device("residual", residual, input)
     if residual.dtype in _DTYPES:
         return residual
-    if torch.result_type(residual, input) != input.dtype:
-        raise TypeError(f"residual is {residual.dtype}: it must be real")
+    if residual.is_floating_point() or residual.is_complex():
+        raise TypeError(
+            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64, integer "
+            "or bool; convert it first"
+        )
     return residual.to(input.dtype)
 
 
