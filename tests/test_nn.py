@@ -11,6 +11,7 @@ from cases import F16, F32, F64, assert_accurate, wide
 from torch.nn.parameter import UninitializedParameter
 
 import tribn
+from tribn.functional import batch_norm
 
 RANKS = {"1d": (2, 3), "2d": (4,), "3d": (5,)}
 KINDS = pytest.mark.parametrize("kind", RANKS)
@@ -167,6 +168,11 @@ def test_repr_is_torchs(kind, options, lazy):
         *[({"eps": eps}, "eps is") for eps in (0.0, -1e-5, torch.nan)],
         *[({"momentum": m}, "momentum is") for m in (-0.1, 1.1, torch.nan, torch.inf)],
         *[({"channel_axis": axis}, f"channel_axis is {axis}") for axis in (0, 2, -2)],
+        *[({"activation": a}, "activation is") for a in ("swish", torch.nn.Softmax(1))],
+        *[({"order": order}, "order is") for order in ("act", None)],
+        ({"nonfinite": "ignore"}, "nonfinite is"),
+        *[({"correction": correction}, "correction is") for correction in (2, True)],
+        *[({"stats_dtype": dtype}, "stats_dtype is") for dtype in (F16, torch.int32, "float32")],
     ],
     **ids,
 )
@@ -271,6 +277,115 @@ def test_called_twice_before_backward(momentum, device):
     results = (train(*args) for args in ((modules[0], F32), (modules[1], F32), (doubled, F64)))
     for result, torch_result, expected in zip(*results, strict=True):
         assert_accurate(result, torch_result, wide(expected))
+
+
+# What is fused
+
+
+FUSED = [
+    {"activation": "relu"},
+    {"activation": torch.nn.LeakyReLU(0.2), "order": "act_norm"},
+    {"activation": torch.nn.GELU("tanh"), "nonfinite": "skip", "correction": 0},
+    {"stats_dtype": F64},
+]
+
+
+@pytest.mark.parametrize("options", FUSED, **ids)
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_options_are_those_of_the_function(options, channel_axis, lazy, training, device):
+    cls, arguments = ours("1d", lazy), () if lazy else (3,)
+    module = cls(*arguments, channel_axis=channel_axis, device=device, **options).train(training)
+    x, residual = (randn((4, 3, 5), device, seed=s).movedim(1, channel_axis) for s in (1, 2))
+    mask = torch.arange(5, device=device) < torch.tensor([[5], [2], [0], [4]], device=device)
+    dtype = options.get("stats_dtype", F32)
+    for keywords in ({"mask": mask}, {"lengths": mask.sum(1)}, {}):
+        stats = torch.zeros(2, 3, dtype=dtype, device=device).unbind()
+        stats[1].fill_(1)
+        fused = {name: value for name, value in options.items() if name != "stats_dtype"}
+        affine = torch.ones(3, device=device), torch.zeros(3, device=device)
+        expected = batch_norm(
+            *(x, *stats, *affine, training), **fused, **keywords,
+            residual=residual, channel_axis=channel_axis,
+        )  # fmt: skip
+        if not (lazy and isinstance(module, cls)):
+            module.reset_running_stats()
+        assert torch.equal(module(x, residual, **keywords), expected)
+        for name, statistic in zip(("running_mean", "running_var"), stats, strict=True):
+            assert getattr(module, name).dtype == dtype
+            assert torch.equal(getattr(module, name), statistic)
+
+
+@pytest.mark.parametrize("options", FUSED, **ids)
+def test_repr_tells_what_is_not_torchs(options):
+    text = repr(tribn.BatchNorm2d(3, **options))
+    for name, value in options.items():
+        assert f"{name}=" in text, value
+    assert "negative_slope=0.2" in repr(tribn.BatchNorm2d(3, activation=torch.nn.LeakyReLU(0.2)))
+    assert "gelu_tanh" in repr(tribn.BatchNorm2d(3, activation=torch.nn.GELU("tanh")))
+
+
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "to": lambda module: module.to(F16),
+    "to device and dtype": lambda module: module.to(module.weight.device, torch.bfloat16),
+    "double": lambda module: module.double(),
+    "in a model": lambda module: torch.nn.Sequential(module).half()[0],
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("stats_dtype", [F32, F64])
+def test_statistics_keep_their_dtype_bit_for_bit(cast, stats_dtype, device):
+    module = tribn.BatchNorm2d(3, stats_dtype=stats_dtype, device=device)
+    module(randn((2, 3, 4, 5), device))
+    kept = module.running_mean.clone(), module.running_var.clone()
+    CASTS[cast](module)
+    assert module.weight.dtype != F32
+    for name, before in zip(("running_mean", "running_var"), kept, strict=True):
+        after = getattr(module, name)
+        assert after.dtype == stats_dtype
+        assert torch.equal(after, before)
+    y = module(randn((2, 3, 4, 5), device, module.weight.dtype))
+    assert y.dtype == module.weight.dtype
+    assert module.running_mean.dtype == stats_dtype
+    assert module.state_dict()["running_mean"].data_ptr() == module.running_mean.data_ptr()
+    assert module.to("meta").running_var.is_meta
+
+
+@pytest.mark.parametrize("half", [F16, torch.bfloat16], **ids)
+def test_checkpoints_in_half_precision_load_both_ways(half, device):
+    module = tribn.BatchNorm2d(3, stats_dtype=F32, device=device).to(half)
+    torch_module = theirs("2d")(3, device=device).to(half)
+    torch_module(randn((2, 3, 4, 5), device, half))
+    module.load_state_dict(torch_module.state_dict(), strict=True)
+    assert module.running_mean.dtype == F32
+    assert torch.equal(module.running_mean, torch_module.running_mean.float())
+    module(randn((2, 3, 4, 5), device, half))
+    torch_module.load_state_dict(module.state_dict(), strict=True)
+    assert torch_module.running_mean.dtype == half
+    assert torch.equal(torch_module.running_mean, module.running_mean.to(half))
+
+
+@pytest.mark.parametrize("made", [
+    lambda device: tribn.LazyBatchNorm2d(stats_dtype=F32, device=device, dtype=F16),
+    lambda device: tribn.LazyBatchNorm2d(stats_dtype=F32, device=device).half(),
+    lambda device: torch.nn.Sequential(tribn.LazyBatchNorm2d(stats_dtype=F32)).half().to(device)[0],
+])  # fmt: skip
+@pytest.mark.parametrize("loaded", [False, True])
+def test_lazy_statistics_have_their_dtype(made, loaded, device):
+    lazy = made(device)
+    if loaded:
+        state = theirs("2d")(3, device=device, dtype=F16)
+        state(randn((2, 3, 4, 5), device, F16))
+        lazy.load_state_dict(state.state_dict(), strict=True)
+        assert lazy.running_mean.dtype == F32
+        assert torch.equal(lazy.running_mean, state.running_mean.float())
+    lazy(randn((2, 3, 4, 5), device, F16))
+    assert (lazy.weight.dtype, lazy.running_mean.dtype, lazy.running_var.dtype) == (F16, F32, F32)
+    assert lazy.num_batches_tracked == 1 + loaded
 
 
 # Copies, lazy modules, compilation

@@ -284,8 +284,8 @@ def _check_residual(residual: Tensor, input: Tensor) -> Tensor:
         return residual
     if residual.is_floating_point() or residual.is_complex():
         raise TypeError(
-            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64, integer "
-            "or bool; convert it first"
+            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64 or an "
+            "integer"
         )
     return residual.to(input.dtype)
 

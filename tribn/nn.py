@@ -103,7 +103,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         return {
             name: t
             for name, t in self._per_channel().items()
-            if name.startswith("running") and self.stats_dtype and not is_lazy(t)
+            if name.startswith("running") and self.stats_dtype
         }
 
     def forward(
@@ -270,7 +270,7 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
             self.register_parameter("bias", None)
         self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
-    def initialize_parameters(self, input: Tensor) -> None:
+    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
         check_input(input, self.channel_axis, self.training)
         self._check_input_dim(input)
         tensors = self._per_channel()
@@ -288,10 +288,9 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
                 )
         self.num_features = C
         if self.has_uninitialized_params():
-            for name, tensor in tensors.items():
+            for tensor in tensors.values():
                 if is_lazy(tensor):
-                    keep = self.stats_dtype if name.startswith("running") else None
-                    tensor.materialize((C,), dtype=keep)
+                    tensor.materialize((C,))
             self.reset_parameters()
 
 
