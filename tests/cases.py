@@ -563,3 +563,16 @@ def fused_exact(inputs: Inputs, training: bool, options: dict[str, Any]) -> dict
             error = largest(wide(lossy[name]) - wide(lossless[name]))
             slack[name] += 2 * error * torch.finfo(F64).eps / torch.finfo(F32).eps
     return {name: Exact(wide(result), slack[name]) for name, result in results.items()}
+
+
+def assert_fused_accurate(inputs: Inputs, training: bool, options: dict[str, Any]) -> None:
+    """`assert_matches_torch` for the composition; what the mask leaves out is zero."""
+    results = run(batch_norm, inputs, training, **options)
+    torch_results = run(compose, inputs, training, **options)
+    assert_all_accurate(results, torch_results, fused_exact(inputs, training, options))
+    for name in ("y", "dx"):
+        assert strides(results[name]) == strides(torch.empty_like(inputs.x)), name
+    if (mask := options.get("mask")) is not None:
+        for name in results.keys() & {"y", "dx", "dresidual"}:
+            left_out = results[name].movedim(inputs.axis, -1)[~mask]
+            assert torch.equal(left_out, torch.zeros_like(left_out)), name

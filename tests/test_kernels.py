@@ -10,12 +10,18 @@ from cases import (
     F16,
     F32,
     F64,
+    FUSED_LAYOUTS,
     INTERPRET,
+    ONE_BIT,
+    ORDERS,
     PLAIN,
     Case,
+    Fused,
     Inputs,
     assert_all_accurate,
+    assert_fused_accurate,
     exact,
+    pairwise,
     wide,
 )
 from conftest import GPU
@@ -27,6 +33,7 @@ if not (INTERPRET or GPU):
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from tribn import kernels
+from tribn.functional import batch_norm
 from tribn.kernels import host
 
 MOMENTUM, EPS = 0.3, 1e-5
@@ -46,10 +53,8 @@ def device():
     return "cuda" if GPU else "cpu"
 
 
-def forced(axis, *tensors, **changes):
-    """The plan for the tensors, changed, and the numbers that depend on the changes set right."""
-    layout = collapse(tensors[0].shape, [t.stride() for t in tensors], axis)
-    itemsize = tensors[0].element_size()
+def cut(layout, itemsize, **changes):
+    """The plan for a layout, changed, and the numbers that depend on the changes set right."""
     plan = replace(make_plan(layout, itemsize, host.INTERPRETER), **changes)
     tiles = -(-layout.N // plan.block_n) * -(-layout.S // plan.block_s)
     tiles_per_split = -(-tiles // plan.splits)
@@ -60,6 +65,13 @@ def forced(axis, *tensors, **changes):
         channel_blocks=-(-layout.C // plan.block_c),
         vec=vector(layout, plan.channels_last, 16 // itemsize),
     )
+
+
+def forced(axis, *tensors, mask=None, **changes):
+    """The plan for tensors of one shape, and a mask of it, changed."""
+    around = None if mask is None else mask.unsqueeze(axis).stride()
+    layout = collapse(tensors[0].shape, [t.stride() for t in tensors], axis, around)
+    return cut(layout, tensors[0].element_size(), **changes)
 
 
 def forward_plan(t, **changes):
@@ -150,20 +162,27 @@ def test_evaluation_on_every_path(case, path, device):
     assert_all_accurate(results, expected, oracle)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 7, 1000])
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_batch_stats_on_every_path(splits, dtype, device):
+def test_batch_stats_on_every_path(splits, dtype, masked, device):
+    """With a mask that leaves out the first tiles of most splits."""
     t = Inputs.of(Case((20, 3, 40), dtype, mean=1e3, std=1.0), device)
-    plan = forced(1, t.x, block_n=1, block_c=2, block_s=16, splits=splits)
-    mean, var, count = kernels.batch_stats(t.x, None, 1, plan)
-    x = wide(t.x)
-    assert count == 800
+    mask = torch.ones(20, 40, dtype=torch.bool, device=device)
+    if masked:
+        mask[:7], mask[:, :18], mask[12:14, :38] = False, False, False
+    x = wide(t.x.movedim(1, -1)[mask])
+    t.x.movedim(1, -1)[~mask] = torch.nan
+    mask = mask if masked else None
+    plan = forced(1, t.x, mask=mask, block_n=1, block_c=2, block_s=16, splits=splits)
+    mean, var, count = kernels.batch_stats(t.x, mask, 1, plan)
+    assert count == len(x)
     rounding = torch.finfo(dtype).eps + 4 * torch.finfo(F64).eps  # of the result, and of the sums
-    assert abs(wide(mean) - x.mean((0, 2))).max() <= 1e3 * rounding
+    assert abs(wide(mean) - x.mean(0)).max() <= 1e3 * rounding
     # The parts' means are float64: their distances are off by eps(float64) * |mean|, and with them
     # the variance by twice that, in units of the standard deviation.
     merging = 2 * 1e3 * torch.finfo(F64).eps
-    assert abs(wide(var) / x.var((0, 2)) - 1).max() <= 8 * torch.finfo(dtype).eps + merging
+    assert abs(wide(var) / x.var(0) - 1).max() <= 8 * torch.finfo(dtype).eps + merging
 
 
 SUBSETS = [mask for mask in itertools.product([True, False], repeat=3) if any(mask)]
@@ -185,7 +204,79 @@ def test_gradients_asked_for_equal_those_of_all(mask, training, splits, device):
             torch.testing.assert_close(one, all_of_them, rtol=1e-6, atol=1e-6)
 
 
-GUARD, SENTINEL = 4096, 12345.0
+# What is fused
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Makes all launchers take one path."""
+
+    def force(path):
+        def plan(layout, itemsize, device, bits=False):
+            changes = dict(zip(TILE, path, strict=True))
+            if bits:  # whole bytes of neighbours
+                neighbours = "block_c" if layout.channels_last else "block_s"
+                changes[neighbours] = max(8, changes[neighbours])
+            return cut(layout, itemsize, **changes)
+
+        monkeypatch.setattr(host, "make_plan", plan)
+
+    return force
+
+
+FUSED = pairwise(
+    {
+        "path": PATHS,
+        "layout": tuple(FUSED_LAYOUTS),
+        "activation": ("relu", "leaky_relu", "softplus"),
+        "order": ORDERS,
+        "residual": ("transposed", "sliced"),
+        "mask": ("none", "random", "lengths"),
+        "dtype": (F32, BF16),
+        "training": (True, False),
+    }
+)
+FUSED = [(row.pop("path"), Fused(**row)) for row in FUSED]
+
+
+@pytest.mark.parametrize(("path", "case"), FUSED, ids=str)
+def test_fused_on_every_path(path, case, device, force):
+    force(path)
+    inputs, options = case.call(device)
+    assert_fused_accurate(inputs, case.training, options)
+
+
+BITS = [*itertools.product(ONE_BIT, ORDERS, (False, True), list(FUSED_LAYOUTS)[:5])]
+
+
+@pytest.mark.parametrize(("activation", "order", "masked", "layout"), BITS)
+def test_bits_are_the_references(activation, order, masked, layout, device):
+    """Of whole numbers, which both compute exactly; kinks, both zeros and NaN are among them."""
+    case = FUSED_LAYOUTS[layout]
+    t = Inputs.of(case, device)
+    g = torch.Generator().manual_seed(0)
+    x, residual = (t.x.copy_(torch.randint(-4, 8, case.shape, generator=g)).clone() for _ in "xr")
+    special = torch.tensor([-0.0, torch.nan, torch.inf, -torch.inf], device=device)
+    x.as_strided(special.shape, (1,)).copy_(special)
+    zero, one = torch.zeros(2, x.shape[t.axis], device=device)
+    one += 1
+    mask = torch.rand(x.select(t.axis, 0).shape, generator=g).to(device) < 0.6 if masked else None
+    p = 0.25 if activation == "leaky_relu" else 0.0
+    arguments = (x, zero, one, None, None, residual, mask, 0.0, t.axis)
+    arguments = (*arguments, activation, p, 0.0, order == "act_norm", True)
+    (y, bits), (expected, expected_bits) = (
+        module.batch_norm_eval(*arguments) for module in (kernels, reference)
+    )
+    assert torch.equal(bits, expected_bits)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    signs = reference.unpack(bits, y, t.axis)
+    z = x if order == "act_norm" else x + residual
+    on = (z > 0) & (z < 6) if activation == "relu6" else z > 0
+    on |= z.isnan() & (activation != "leaky_relu")
+    assert torch.equal(signs > 0, on if mask is None else on & mask.unsqueeze(t.axis))
+
+
+GUARD, SENTINEL = 4096, 123
 
 
 @pytest.fixture
@@ -217,15 +308,36 @@ def guarded(monkeypatch):
     return buffers
 
 
+def assert_intact(buffers):
+    assert buffers
+    for buffer, extent in buffers:
+        untouched = buffer.new_full((GUARD,), SENTINEL)
+        assert torch.equal(buffer[:GUARD], untouched)
+        assert torch.equal(buffer[GUARD + extent :], untouched)
+
+
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_nothing_is_written_out_of_bounds(case, device, guarded):
     inputs = Inputs.of(case, device)
     changes = {"block_n": 2, "block_c": 16, "block_s": 32, "splits": 3}
     plans = forward_plan(inputs, **changes), backward_plan(inputs, **changes)
     train(kernels, inputs, *plans)
-    for buffer, extent in guarded:
-        assert (buffer[:GUARD] == SENTINEL).all()
-        assert (buffer[GUARD + extent :] == SENTINEL).all()
+    assert_intact(guarded)
+
+
+@pytest.mark.parametrize("layout", FUSED_LAYOUTS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_fused_is_written_out_of_bounds(layout, order, training, device, force, guarded):
+    force((2, 16, 32, 3))
+    case = Fused(training, "relu", order, "sliced", "random", layout, BF16)
+    inputs, options = case.call(device)
+    x, residual = inputs.x.requires_grad_(), options["residual"].requires_grad_()
+    stats = (inputs.running_mean, inputs.running_var)
+    y = batch_norm(x, *stats, training=training, channel_axis=inputs.channel_axis, **options)
+    torch.autograd.grad(y, (x, residual), inputs.dy)
+    assert torch.uint8 in {buffer.dtype for buffer, _ in guarded} or order == "act_norm"
+    assert_intact(guarded)
 
 
 def test_more_than_2_31_elements_apart(device):

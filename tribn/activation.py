@@ -63,6 +63,10 @@ class Kind:
     parameters: dict[str, float]
 
 
+def _relu6_backward(dy: Tensor, z: Tensor) -> Tensor:
+    return torch.where((z <= 0) | (z >= 6), 0, dy)
+
+
 def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
     s = torch.sigmoid(z)
     return dy * (s * (1 + z * (1 - s)))
@@ -82,7 +86,8 @@ def _kind(module: type[nn.Module], function: Any, backward: Any, **parameters: f
 
 
 # `tribn.kernels.activation` has the device functions of the same names. Gradients can be
-# differentiated again; torch's own operators cannot for silu, mish and hardsigmoid.
+# differentiated again; torch's own operators cannot for silu, mish and hardsigmoid. And that of
+# relu6 is not the same for every NaN on a CPU.
 KINDS: dict[str, Kind] = {
     "relu": _kind(
         nn.ReLU, lambda z, p, q: F.relu(z), lambda dy, z, p, q: aten.threshold_backward(dy, z, 0)
@@ -90,7 +95,7 @@ KINDS: dict[str, Kind] = {
     "relu6": _kind(
         nn.ReLU6,
         lambda z, p, q: F.relu6(z),
-        lambda dy, z, p, q: aten.hardtanh_backward(dy, z, 0, 6),
+        lambda dy, z, p, q: _relu6_backward(dy, z),
     ),
     "leaky_relu": _kind(
         nn.LeakyReLU,
