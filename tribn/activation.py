@@ -112,12 +112,8 @@ KINDS: dict[str, Kind] = {
         lambda z, p, q: F.gelu(z, approximate="tanh"),
         lambda dy, z, p, q: aten.gelu_backward(dy, z, approximate="tanh"),
     ),
-    "silu": _kind(
-        nn.SiLU, lambda z, p, q: F.silu(z), lambda dy, z, p, q: _silu_backward(dy, z)
-    ),
-    "mish": _kind(
-        nn.Mish, lambda z, p, q: F.mish(z), lambda dy, z, p, q: _mish_backward(dy, z)
-    ),
+    "silu": _kind(nn.SiLU, lambda z, p, q: F.silu(z), lambda dy, z, p, q: _silu_backward(dy, z)),
+    "mish": _kind(nn.Mish, lambda z, p, q: F.mish(z), lambda dy, z, p, q: _mish_backward(dy, z)),
     "sigmoid": _kind(
         nn.Sigmoid,
         lambda z, p, q: torch.sigmoid(z),

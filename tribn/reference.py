@@ -260,9 +260,12 @@ def _normalize(
     pixels = _pixels(x, axis)
     if pixels is not None:
         scale = _scale(var, weight, eps)
-        z = pixels - mean
-        z = z.mul_(scale) if bias is None else torch.addcmul(bias, z, scale, out=z)
-        return z.view(x.movedim(axis, -1).shape).movedim(-1, axis)
+        z = torch.empty_like(x)
+        rows = z.movedim(axis, -1).view(pixels.shape)
+        torch.sub(pixels, mean, out=rows).mul_(scale)
+        if bias is not None:
+            rows += bias
+        return z
     moved = x if axis == 1 else x.movedim(axis, 1)
     if (mean.square() > 4 * (var + eps)).any():
         moved = moved - mean.view(-1, *(1,) * (moved.dim() - 2))
@@ -308,14 +311,12 @@ def _backward(
         weight, mean, var = _cast(dtype, weight, mean, var)
         deviation, scale = pixels - mean, _scale(var, weight, eps)
         sum_g, sum_g_x = g.sum(0), (g * deviation).sum(0)
-        dx = None
-        if wanted[0]:
-            dx = g
+        dx = torch.empty_like(x) if wanted[0] else None
+        if dx is not None:
             if training:
                 slope = sum_g_x / ((var + eps) * len(g))
-                dx = torch.addcmul(g - sum_g / len(g), deviation, slope, value=-1)
-            dx = (dx * scale).to(x.dtype)
-            dx = dx.view(x.movedim(axis, -1).shape).movedim(-1, axis)
+                g = torch.addcmul(g - sum_g / len(g), deviation, slope, value=-1)
+            dx.movedim(axis, -1).view(pixels.shape).copy_(g * scale)
         dweight = sum_g_x * (var + eps).rsqrt() if wanted[1] else None
         return dx, dweight, sum_g if wanted[2] else None
     batch_first = _batch_first(x, axis)
