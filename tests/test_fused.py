@@ -1,5 +1,6 @@
 """What is fused around the normalization, against the composition of torch's own operators."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -9,11 +10,9 @@ import pytest
 import torch
 from cases import (
     ACTIVATIONS,
-    BF16,
     DTYPES,
     EPS,
     EXACT,
-    F16,
     F32,
     F64,
     FACTORS,
@@ -35,12 +34,10 @@ from cases import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import tribn
-from tribn import ops, reference
 from tribn.activation import KINDS
-from tribn.functional import batch_norm, batch_stats
+from tribn.functional import batch_norm
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -168,7 +165,10 @@ def differentiable(t, training, **options):
 
 @pytest.mark.parametrize(
     ("training", "activation", "order"),
-    [*itertools.product([True], ACTIVATIONS, ORDERS), *itertools.product([False], ["mish"], ORDERS)],
+    [
+        *itertools.product([True], ACTIVATIONS, ORDERS),
+        *itertools.product([False], ["mish"], ORDERS),
+    ],
 )
 def test_numerical_gradients(activation, order, training, device):
     t = small_inputs(device)
@@ -204,11 +204,14 @@ def test_second_derivatives(training, activation, order, residual, masked, devic
 def test_every_activation_can_be_differentiated_twice(activation, order, device):
     t = small_inputs(device)
     x, residual = t.x.requires_grad_(), t.dy.flip(0)
-    options = {"activation": activation, "order": order, "residual": residual}
     grads = []
-    twice = options | {"activation": EXACT.get(activation, activation)}
-    for function, options in ((batch_norm, options), (compose, twice)):
-        y = function(x, None, None, t.weight, None, True, MOMENTUM, EPS, **options)
+    for function, act in ((batch_norm, activation), (compose, EXACT.get(activation, activation))):
+        y = function(
+            *(x, None, None, t.weight, None, True, MOMENTUM, EPS),
+            activation=act,
+            order=order,
+            residual=residual,
+        )
         (dx,) = torch.autograd.grad(y, x, t.dy, create_graph=True)
         grads.append((dx, *torch.autograd.grad(dx, x, t.dy)))
     torch.testing.assert_close(*grads)
@@ -341,24 +344,104 @@ def test_hooks_may_change_the_strides_of_what_is_kept(layout, device):
     torch.testing.assert_close(*grads)
 
 
-# Bits
+# Networks
 
 
-BIT_SHAPES = [(3, 5, 9), (2, 8, 16), (2, 3, 7), (17, 6), (16, 24), (1, 1, 1), (2, 1, 9), (5, 1)]
+class Count(TorchDispatchMode):
+    """Counts tribn's operators and all others by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.name()] += 1
+        return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("axis", [1, -1])
-@pytest.mark.parametrize("shape", [*BIT_SHAPES, (0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_unpack_is_the_inverse_of_pack(shape, axis, layout):
-    y = LAYOUTS[layout](torch.randn(shape))
-    axis %= y.dim()
-    on = torch.rand(shape) < 0.5
-    bits = reference.pack(on, y, axis)
-    assert bits.dtype == torch.uint8
-    assert bits.shape == reference.new_bits(y, axis).shape
-    assert bits.numel() <= y.numel(), "no more than a byte an element"
-    assert sum(int(byte).bit_count() for byte in bits.flatten()) == on.sum()
-    signs = reference.unpack(bits, y, axis)
-    assert torch.equal(signs, on.float() * 2 - 1)
-    assert strides(signs) == strides(y)
+class Block(torch.nn.Module):
+    """A ResNet block of tribn's layers, or of torch's."""
+
+    def __init__(self, layers, device):
+        super().__init__()
+        self.fused = layers is tribn
+        options = {"device": device}
+        self.conv1 = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False, **options)
+        self.conv2 = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False, **options)
+        if self.fused:
+            options["activation"] = "relu"
+        self.bn1, self.bn2 = layers.BatchNorm2d(8, **options), layers.BatchNorm2d(8, **options)
+
+    def forward(self, x):
+        if self.fused:
+            return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual=x)
+        y = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(y)) + x).relu()
+
+    def observe(self, x, dy):
+        """Output, gradients and state after a step of training."""
+        x = x.detach().requires_grad_()
+        y = self.train()(x)
+        y.backward(dy)
+        seen = {"y": y.detach(), "dx": x.grad}
+        seen |= {f"d{name}": parameter.grad for name, parameter in self.named_parameters()}
+        return seen | {
+            name: value for name, value in self.state_dict().items() if "num" not in name
+        }
+
+
+@pytest.fixture
+def blocks(device):
+    """A block of tribn's layers and one of torch's, with one state."""
+    torch.manual_seed(0)
+    ours, theirs = Block(tribn, device), Block(torch.nn, device)
+    for name, value in theirs.named_parameters():
+        torch.nn.init.normal_(value, std=1.0 if "bn" in name else 0.2)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+FORMATS = pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=str
+)
+
+
+@FORMATS
+def test_resnet_block_is_as_accurate_as_torchs(memory_format, blocks, device):
+    ours, theirs = blocks
+    x, dy = torch.randn(2, 4, 8, 6, 6, device=device)
+    x, dy = (t.to(memory_format=memory_format) for t in (x, dy))
+    exact = copy.deepcopy(theirs).double().observe(x.double(), dy.double())
+    results, torch_results = ours.observe(x, dy), theirs.observe(x, dy)
+    assert results.keys() == torch_results.keys()
+    for name, result in results.items():
+        assert_accurate(result, torch_results[name], wide(exact[name]), name)
+    y = ours.eval()(x)
+    torch.testing.assert_close(y, theirs.eval()(x))
+
+
+@FORMATS
+def test_resnet_block_launches_one_operator_a_layer_and_direction(memory_format, blocks, device):
+    x = torch.randn(4, 8, 6, 6, device=device).to(memory_format=memory_format)
+    with Count() as forward:
+        y = blocks[0](x)
+    with Count() as backward:
+        y.sum().backward()
+    own = [{n: k for n, k in c.seen.items() if n.startswith("tribn")} for c in (forward, backward)]
+    assert own == [{"tribn::batch_norm_train": 2}, {"tribn::batch_norm_backward": 2}]
+    others = {name.split("::")[1].split(".")[0] for name in forward.seen if "tribn" not in name}
+    assert others == {"convolution", "detach"} or others == {"convolution"}, "nothing else"
+
+
+@FORMATS
+def test_resnet_block_keeps_one_tensor_a_layer_and_bits(memory_format, blocks, device):
+    """The inputs of four layers, and of the second batch norm the signs."""
+    x = torch.randn(4, 8, 6, 6, device=device).to(memory_format=memory_format).requires_grad_()
+    block = blocks[0]
+    with Storages() as saved:
+        block(x)
+    parameters = {address(p) for p in block.parameters()}
+    kept = sum(size for at, size in saved.bytes.items() if at not in parameters)
+    statistics = 2 * 2 * 8 * 4
+    bits = 4 * 8 * 5 if memory_format == torch.contiguous_format else 4 * 36 * 1
+    assert kept == 4 * x.numel() * 4 + bits + statistics

@@ -245,7 +245,8 @@ def normalize_kernel(
                 if mask_ptr is not None:
                     moves = moves & (count > 0)
                 if SKIP_NONFINITE:
-                    moves = moves & (tl.abs(mean) < float("inf")) & (m2 < float("inf"))
+                    finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
+                    moves = moves & finite
                 running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
                 store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves)
                 if mask_ptr is not None:
