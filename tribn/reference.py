@@ -45,10 +45,10 @@ def batch_stats(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tens
         x, axis = _compact(x, mask, axis), 1
     pixels = _pixels(x, axis)
     if x.numel() and pixels is not None:
-        # A mean that neither overflows nor, where it is not finite, hides that by inf - inf; what
-        # its rounding is off by comes out as the offset.
-        share = pixels.new_full((len(pixels),), 1 / len(pixels))
-        shift = torch.mv(pixels.mT, share).nan_to_num(0, 0, 0)
+        # About the mean, or where its sum overflows about any finite number: what the shift is off
+        # by comes out as the offset.
+        mean = pixels.mean(0)
+        shift = torch.where(mean.isfinite(), mean, pixels[0].nan_to_num(0, 0, 0))
         deviation = pixels - shift
         offset = deviation.mean(0)
         mean, var = shift + offset, (deviation.square_().mean(0) - offset.square()).clamp(min=0)
