@@ -122,7 +122,7 @@ TENSOR_KERNELS = {"stats", "normalize", "backward_reduce", "backward_dx"}
 def test_registers_and_accesses(name, target):
     *description, aligned = TENSORS[name]
     x = tensor(*description)
-    compiled = compile_all(target, x, name in FUSED)
+    compiled = compile_all(target, x, name in FUSED and target in ("sm_90", "gfx942"))
     seen = set()
     for kernel in compiled:
         found = resources(kernel)

@@ -45,10 +45,10 @@ def batch_stats(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tens
         x, axis = _compact(x, mask, axis), 1
     pixels = _pixels(x, axis)
     if x.numel() and pixels is not None:
-        # A mean that neither overflows nor, where it is not finite, hides that by inf - inf; what
-        # its rounding is off by comes out as the offset.
-        share = pixels.new_full((len(pixels),), 1 / len(pixels))
-        shift = torch.mv(pixels.mT, share).nan_to_num(0, 0, 0)
+        # About the mean, or where its sum overflows about any finite number: what the shift is off
+        # by comes out as the offset.
+        mean = pixels.mean(0)
+        shift = torch.where(mean.isfinite(), mean, pixels[0].nan_to_num(0, 0, 0))
         deviation = pixels - shift
         offset = deviation.mean(0)
         mean, var = shift + offset, (deviation.square_().mean(0) - offset.square()).clamp(min=0)
@@ -263,9 +263,12 @@ def _normalize(
     pixels = _pixels(x, axis)
     if pixels is not None:
         scale = _scale(var, weight, eps)
-        z = pixels - mean
-        z = z.mul_(scale) if bias is None else torch.addcmul(bias, z, scale, out=z)
-        return z.view(x.movedim(axis, -1).shape).movedim(-1, axis)
+        z = torch.empty_like(x)
+        rows = z.movedim(axis, -1).view(pixels.shape)
+        torch.sub(pixels, mean, out=rows).mul_(scale)
+        if bias is not None:
+            rows += bias
+        return z
     moved = x if axis == 1 else x.movedim(axis, 1)
     if (mean.square() > 4 * (var + eps)).any():
         moved = moved - mean.view(-1, *(1,) * (moved.dim() - 2))
@@ -311,14 +314,12 @@ def _backward(
         weight, mean, var = _cast(dtype, weight, mean, var)
         deviation, scale = pixels - mean, _scale(var, weight, eps)
         sum_g, sum_g_x = g.sum(0), (g * deviation).sum(0)
-        dx = None
-        if wanted[0]:
-            dx = g
+        dx = torch.empty_like(x) if wanted[0] else None
+        if dx is not None:
             if training:
                 slope = sum_g_x / ((var + eps) * len(g))
-                dx = torch.addcmul(g - sum_g / len(g), deviation, slope, value=-1)
-            dx = (dx * scale).to(x.dtype)
-            dx = dx.view(x.movedim(axis, -1).shape).movedim(-1, axis)
+                g = torch.addcmul(g - sum_g / len(g), deviation, slope, value=-1)
+            dx.movedim(axis, -1).view(pixels.shape).copy_(g * scale)
         dweight = sum_g_x * (var + eps).rsqrt() if wanted[1] else None
         return dx, dweight, sum_g if wanted[2] else None
     batch_first = _batch_first(x, axis)
