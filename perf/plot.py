@@ -68,5 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, report in reports.items():
         out = arguments.out or path.parent
         out.mkdir(parents=True, exist_ok=True)
-        for figure in draw(report, out, path.stem):
+        try:
+            figures = draw(report, out, path.stem)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            parser.error(f"{path} is no whole result of {report['command']}: {error!r}")
+        for figure in figures:
             print(figure)

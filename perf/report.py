@@ -64,10 +64,12 @@ def count(text: str) -> int:
 
 
 def directory(text: str) -> Path:
-    """A directory that exists or can be made, for argparse."""
+    """A directory, made if need be, for argparse."""
     path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise ValueError
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError from error
     return path
 
 

@@ -93,6 +93,12 @@ def test_a_layer_without_statistics_is_an_error_and_changes_nothing():
     assert type(model[0]) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("layer", [nn.SyncBatchNorm(3), nn.LazyBatchNorm2d()])
+def test_what_cannot_be_frozen_is_said(layer):
+    with pytest.raises(ValueError, match=f"layer 0 is a {type(layer).__name__}"):
+        tribn.freeze(nn.Sequential(layer))
+
+
 def saved(layer, x):
     """Bytes kept for backward of tensors as large as a bit for every element of x, or larger."""
     kept = {}

@@ -7,6 +7,7 @@ from cases import BF16, F16, F32, F64, LAYOUTS
 from tribn import BatchNorm2d
 from tribn.activation import parse
 from tribn.functional import batch_norm
+from tribn.reference import accumulator
 
 ACTIVATIONS = [None, torch.nn.LeakyReLU(0.2), torch.nn.ELU(0.7)]
 NAMES = ["none", "leaky_relu", "elu"]
@@ -126,12 +127,20 @@ def test_without_affine_nothing_is_near_zero(device):
     assert found == {y.data_ptr()}
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(F16, -8.3), (BF16, -6.2)])
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(F16, -7.6), (BF16, -5.5), (F32, -16.6), (F64, -36.7)]
+)
 def test_elu_below_its_range_is_the_least_in_it(dtype, least, device):
     """What the docstring says of half precision."""
     y = torch.full((4,), -1.0, dtype=dtype, device=device)
-    z = parse("elu").inverse(y.float(), torch.finfo(dtype).eps / 4)
+    z = parse("elu").inverse(y.to(accumulator(dtype)), torch.finfo(dtype).eps / 2)
     assert (z - least).abs().max() < 0.1
+    x = torch.zeros(512, 1, dtype=dtype, device=device)
+    x[0] = -1  # 22 standard deviations away
+    x.requires_grad_()
+    y = batch_norm(x, None, None, training=True, activation="elu", memory="inplace")
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.isfinite().all()
 
 
 def test_gradients_of_gradients_are_refused(device):
@@ -156,6 +165,7 @@ def test_changing_the_output_is_noticed(device):
         {"memory": "inplace", "activation": "relu"},
         {"memory": "inplace", "activation": torch.nn.LeakyReLU(-0.1)},
         {"memory": "inplace", "activation": torch.nn.ELU(0.0)},
+        {"memory": "inplace", "activation": torch.nn.LeakyReLU(1e-4)},
         {"memory": "inplace", "order": "act_norm"},
     ],
 )

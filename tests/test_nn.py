@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -542,3 +543,14 @@ def test_compiled_without_graph_breaks_equals_eager(momentum, channel_axis, devi
     assert len(seen) == len(expected)
     for (name, tensor), result in zip(expected.items(), seen.values(), strict=True):
         assert torch.equal(result, tensor), name
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_keeps_the_dtype_of_statistics(lazy, assign):
+    cls = tribn.LazyBatchNorm2d if lazy else partial(tribn.BatchNorm2d, 3)
+    module = cls(stats_dtype=torch.float32).half()
+    state = torch.nn.BatchNorm2d(3).half().state_dict()
+    module.load_state_dict(state, assign=assign)
+    assert module.running_mean.dtype == module.running_var.dtype == torch.float32
+    assert module.weight.dtype == torch.float16

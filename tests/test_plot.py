@@ -246,3 +246,14 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, capsys):
         main(["plot"])
     assert exit.value.code == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rest", ['"rows": [{}]', '"rows": 5', '"environment": null'])
+@pytest.mark.parametrize("command", ["bench", "step", "traffic"])
+def test_a_result_that_is_not_whole_is_an_error(command, rest, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(f'{{"command": "{command}", {rest}}}')
+    with pytest.raises(SystemExit) as error:
+        main(["plot", str(path)])
+    assert error.value.code == 2
+    assert f"no whole result of {command}" in capsys.readouterr().err

@@ -107,6 +107,55 @@ def test_a_failure_leaves_everything_as_it_was(data):
     assert not model[0]._forward_hooks
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_models_are_seen():
+    model = nn.Sequential(tribn.BatchNorm2d(3))
+    compiled = torch.compile(model, backend="eager")
+    data = batches()
+    compiled(data[0])
+    tribn.update_stats(compiled, data)
+    assert_statistics(model[0], data)
+
+
+def test_batches_that_are_not_finite_are_left_out():
+    layer = tribn.BatchNorm2d(3, nonfinite="skip")
+    data = batches()
+    bad = torch.randn(4, 3, 4, 4)
+    bad[0, 1] = torch.nan
+    tribn.update_stats(layer, [*data, bad])
+    good = [*data, bad]
+    mean, var = expected(good)
+    few_mean, few_var = expected(data)
+    mean[1], var[1] = few_mean[1], few_var[1]
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-6, atol=1e-6)
+
+
+def test_a_large_mean_does_not_spoil_the_variance():
+    layer = tribn.BatchNorm2d(3)
+    data = [x + 1e4 for x in batches()]
+    tribn.update_stats(layer, data)
+    assert_statistics(layer, data)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.ReLU(), nn.BatchNorm2d(3), tribn.LazyBatchNorm2d(), tribn.freeze(tribn.BatchNorm2d(3))],
+)
+def test_nothing_to_set_is_an_error(model):
+    with pytest.raises(ValueError, match=r"model has "):
+        tribn.update_stats(model, batches())
+
+
+def test_torchs_layers_are_restored_after_a_failure():
+    model = nn.Sequential(nn.BatchNorm2d(3), tribn.BatchNorm2d(3))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"5 channels|expected"):
+        tribn.update_stats(model, [*batches(), torch.randn(2, 5, 4)])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_progress_is_shown_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     model = nn.Sequential(tribn.BatchNorm2d(3))

@@ -34,8 +34,8 @@ class Activation(NamedTuple):
 
     @property
     def invertible(self) -> bool:
-        """Whether the result tells the input, rounding aside."""
-        return self.name is None or (self.name in ("leaky_relu", "elu") and self.p > 0)
+        """Whether the result tells the input, rounding aside, and does not underflow."""
+        return self.name is None or (self.name in ("leaky_relu", "elu") and self.p >= 1e-3)
 
     def inverse(self, y: Tensor, rounding: float) -> Tensor:
         """The input, given the result; `rounding` is what keeps elu's from minus infinity."""

@@ -14,6 +14,9 @@ _OWN: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 
+# Batch norm layers that would go on following the batches.
+_UNKNOWN = (nn.SyncBatchNorm, nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+
 
 def freeze(model: nn.Module) -> nn.Module:
     """Makes every batch norm layer use its running statistics, also after ``model.train()``.
@@ -28,9 +31,15 @@ def freeze(model: nn.Module) -> nn.Module:
         The model, or the layer in its place if the model is a single one of torch.nn's.
 
     Raises:
-        ValueError: a layer has no running statistics; the model is unchanged.
+        ValueError: a layer has no running statistics, or is torch.nn's SyncBatchNorm or one of its
+            lazy ones; the model is unchanged.
     """
     for name, layer in model.named_modules():
+        if type(layer) in _UNKNOWN:
+            raise ValueError(
+                f"layer {name or 'itself'} is a {type(layer).__name__}, which cannot be frozen: "
+                "put one of BatchNorm1d, 2d or 3d in its place first"
+            )
         if (isinstance(layer, Layer) or type(layer) in _OWN) and layer.running_mean is None:
             raise ValueError(
                 f"layer {name or type(layer).__name__} was made with track_running_stats=False: it "

@@ -69,15 +69,17 @@ def batch_norm(
         lengths: integer tensor (N,), for input with one axis besides batch and channel: the mask
             whose row n is True in its first lengths[n] elements.
         nonfinite: "propagate" or "skip": a channel whose batch statistics are infinite or NaN
-            leaves its running statistics alone.
+            leaves its running statistics alone. `num_batches_tracked` counts the batch all the
+            same, and with it the average of `momentum=None`.
         correction: 1 for the unbiased variance in running_var, 0 for the biased one.
         memory: what training keeps for backward: "input", or with "inplace" the output, which the
             next layer often keeps anyway. Backward undoes the activation, which must be
-            "leaky_relu" or "elu" with a positive parameter or None, and weight and bias; without
-            residual and in order "norm_act". While a channel has |weight| < max(|bias|, 1/8) / 8,
-            so that they cannot be undone accurately, the input is kept after all: the host looks
-            at them in every call. In half precision elu saturates early: values below its range
-            are taken for the least in it (float16 -8.3, bfloat16 -6.2). No double backward.
+            "leaky_relu" or "elu" with a parameter of 0.001 or more or None, and weight and bias;
+            without residual and in order "norm_act". While a channel has
+            |weight| < max(|bias|, 1/8) / 8, so that they cannot be undone accurately, the input is
+            kept after all: the host looks at them in every call. Where elu saturates, values are
+            taken for the least in its range (float32 -16.6, float16 -7.6, bfloat16 -5.5): in half
+            precision outliers below that make the gradient of the input wrong. No double backward.
 
     Returns:
         A tensor of the input's shape and memory format, in the dtype of input + residual.
@@ -202,7 +204,7 @@ def check_memory(memory: str, activation: Activation, order: str, residual: bool
         raise ValueError(
             f"memory is 'inplace' with activation {activation}, order {order!r} and "
             f"{'a' if residual else 'no'} residual: backward can undo leaky_relu and elu with a "
-            "positive parameter, or no activation, in order 'norm_act' and without a residual"
+            "parameter of 0.001 or more, or no activation, in order 'norm_act' and without residual"
         )
 
 

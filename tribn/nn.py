@@ -153,6 +153,11 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         _restore(self, kept)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, statistic in self._kept().items():  # loading may put others in their place
+            self._buffers[name] = statistic.to(self.stats_dtype)
+
     def reset_parameters(self) -> None:
         self.reset_running_stats()
         if self.weight is not None:

@@ -204,7 +204,7 @@ def batch_norm_backward(
     act = Activation(activation, p, q)
     g, source, a = dy, None, x
     if from_output and x is not None and x.numel():
-        g, source = dy.to(exact), act.inverse(x.to(exact), torch.finfo(x.dtype).eps / 4)
+        g, source = dy.to(exact), act.inverse(x.to(exact), torch.finfo(x.dtype).eps / 2)
         g = act.backward(g, source)
         # x - mean, which is normalized as x is
         shape = [-1 if d == axis else 1 for d in range(dy.dim())]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tribn.functional import batch_stats, merge_stats
 from tribn.nn import Layer
@@ -39,17 +40,23 @@ def update_stats(
         progress: show how far it has come, if the standard error is a terminal.
 
     Raises:
-        ValueError: the loader is empty.
+        ValueError: the loader is empty, or there is no layer to set.
 
-    If it fails, or is interrupted, the running statistics are those from before.
+    If it fails, or is interrupted, the running statistics are those from before. Compiled models
+    run uncompiled; torch.nn's layers move as in training.
     """
     layers = [
         layer
         for layer in model.modules()
         if isinstance(layer, Layer) and layer.running_mean is not None and not layer.frozen
     ]
+    if not layers:
+        raise ValueError("model has no tribn layer with running statistics that are not frozen")
     moments: dict[Layer, Moments] = {}
-    before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in layers}
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    if any(is_lazy(buffer) for norm in norms for buffer in norm.buffers(recurse=False)):
+        raise ValueError("model has lazy layers: call it once, so that they know their channels")
+    before = {norm: [b.clone() for b in norm.buffers(recurse=False)] for norm in norms}
     modes = {module: module.training for module in model.modules()}
 
     def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
@@ -57,14 +64,16 @@ def update_stats(
         x = args[0] if args else kwargs["input"]
         mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
         x = layer.activation(x) if layer.order == "act_norm" else x
-        mean, var, count = batch_stats(
-            x, channel_axis=layer.channel_axis, mask=mask, lengths=lengths
+        new = mean, var, count = batch_stats(
+            x.double(), channel_axis=layer.channel_axis, mask=mask, lengths=lengths
         )
-        new = mean.double(), var.double(), count
+        if layer.nonfinite == "skip":
+            finite = mean.isfinite() & var.isfinite()
+            new = mean.where(finite, 0), var.where(finite, 0), count * finite
         moments[layer] = merge_stats(*moments[layer], *new) if layer in moments else new
 
-    def restore(layer: Layer) -> None:
-        for buffer, old in zip(layer.buffers(recurse=False), before[layer], strict=True):
+    def restore(norm: nn.modules.batchnorm._NormBase) -> None:
+        for buffer, old in zip(norm.buffers(recurse=False), before[norm], strict=True):
             buffer.copy_(old)
 
     hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers]
@@ -76,13 +85,14 @@ def update_stats(
             layer.num_batches_tracked.zero_()
         for batch in _shown(loader) if progress else loader:
             x = batch[0] if isinstance(batch, list | tuple) else batch
-            model(x if device is None else x.to(device))
+            with torch.compiler.set_stance("force_eager"):  # compiled code calls no new hooks
+                model(x if device is None else x.to(device))
             batches += 1
         if not batches:
             raise ValueError("loader is empty: there is nothing to take statistics of")
     except BaseException:
-        for layer in layers:
-            restore(layer)
+        for norm in norms:
+            restore(norm)
         raise
     finally:
         for hook in hooks:

@@ -422,7 +422,7 @@ def batch_norm_backward(
         "INVERSE": inverse(act) if from_output else None,
     }
     mean, var, weight, bias = dense(mean, var, weight, bias)
-    numbers = (eps, p, torch.finfo(dy.dtype).eps / 4 if from_output else q)
+    numbers = (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q)
     partials, grads = None, (dweight, dbias)
     if training or wants_weight or wants_bias or wants_residual:
         partials = dy.new_empty((2, launch.plan.splits, layout.C), dtype=torch.float64)
