@@ -36,7 +36,8 @@ from perf.codegen import (
     warps_per_sm,
 )
 from tribn import kernels
-from tribn.reference import new_bits
+from tribn.activation import KINDS
+from tribn.reference import accumulator, new_bits, output
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -138,6 +139,45 @@ def test_registers_and_accesses(name, target):
                 assert found.loads[16] > 0, found
                 assert found.stores[16] > 0 or stage in {"stats", "backward_reduce"}, found
     assert seen >= TENSOR_KERNELS
+
+
+def compile_training(target, x, activation, residual=None):
+    """The kernels of a step of training."""
+    y = output(x, residual)
+    stat = torch.empty(x.shape[1], dtype=accumulator(y.dtype), device="meta")
+    given = (x, stat, stat, residual, None, stat, stat, None)
+    saved = (y, x, stat, stat, stat, stat, residual, None, None, None)
+    wanted = [True, True, True, residual is not None]
+    dtypes = (x.dtype, None if residual is None else residual.dtype)
+    with compiling(target) as compiled:
+        kernels.batch_norm_train(*given, 0.1, 1, False, 1e-5, 1, *activation, False)
+        kernels.batch_norm_backward(*saved, 1e-5, True, 1, *activation, False, *dtypes, wanted)
+    return compiled
+
+
+@pytest.mark.parametrize("name", ["planes", "pixels"])
+@pytest.mark.parametrize("act_first", [False, True])
+@pytest.mark.parametrize("activation", KINDS)
+def test_no_activation_needs_more_than_there_is(activation, act_first, name):
+    x = tensor(*TENSORS[name][:3])
+    for kernel in compile_training("sm_90", x, (activation, 0.0, 0.0, act_first)):
+        found = resources(kernel)
+        # At 80 registers ptxas puts one number aside, which it reads back once a tile.
+        assert found.spills <= 2 * (found.registers == 80), found
+        assert found.registers <= 128, found
+        if (stage := found.name.removesuffix("_kernel")) in TENSOR_KERNELS:
+            assert found.loads[2] == found.stores[2] == 0, found
+            assert found.loads[16] > 0, found
+            assert found.stores[16] > 0 or stage in {"stats", "backward_reduce"}, found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtypes", [(BF16, F64), (F64, BF16), (F16, F64), (F64, F16), (BF16, F16)])
+def test_residual_of_another_dtype(dtypes, target):
+    """All conversions there are to load and store."""
+    x, residual = (tensor((64, 32, 14, 14), CONTIGUOUS, dtype) for dtype in dtypes)
+    compiled = compile_training(target, x, ("silu", 0.0, 0.0, False), residual)
+    assert {kernel.metadata.name for kernel in compiled} >= {f"{n}_kernel" for n in TENSOR_KERNELS}
 
 
 @pytest.mark.parametrize("name", TENSORS)
