@@ -211,7 +211,7 @@ KEPT = [  # training, activation, order, with a residual, gradients wanted: what
     (True, None, "norm_act", False, "x weight bias", {X}),
     (True, None, "norm_act", True, "x weight bias residual", {X}),
     (True, None, "norm_act", True, "bias residual", set()),
-    *[(True, a, "norm_act", False, "x weight bias", {X}) for a in ACTIVATIONS],
+    *[(True, a, "norm_act", False, "x weight bias", {X}) for a in (*ONE_BIT, "softplus")],
     *[(True, a, "norm_act", True, "x weight bias residual", {X, BITS}) for a in ONE_BIT],
     *[(True, a, "norm_act", True, "residual", {BITS}) for a in ONE_BIT],
     (True, "relu", "norm_act", False, "bias", {BITS}),
@@ -220,7 +220,7 @@ KEPT = [  # training, activation, order, with a residual, gradients wanted: what
       for a in ACTIVATIONS if a not in ONE_BIT],
     (True, "gelu", "norm_act", False, "bias", {X}),
     (True, "gelu", "norm_act", True, "residual", {X, RESIDUAL}),
-    *[(True, a, "act_norm", True, "x weight bias residual", {X}) for a in ACTIVATIONS],
+    *[(True, a, "act_norm", True, "x weight bias residual", {X}) for a in (*ONE_BIT, "elu")],
     (True, "relu", "act_norm", True, "x", {X}),
     (True, "silu", "act_norm", True, "weight", {X}),
     (True, "silu", "act_norm", True, "bias residual", set()),
@@ -266,11 +266,13 @@ def address(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    ("training", "activation", "order", "residual", "wanted", "kept"),
-    KEPT,
-    ids=["-".join(map(str, row[:5])).replace(" ", "+") for row in KEPT],
+    ("training", "activation", "order", "residual", "wanted", "kept", "layout"),
+    [
+        pytest.param(*row, layout, id="-".join(map(str, (*row[:5], layout))).replace(" ", "+"))
+        for row in KEPT
+        for layout in ("contiguous", "channels_last")[: 1 + (BITS in row[-1])]
+    ],
 )
 def test_kept_for_backward(training, activation, order, residual, wanted, kept, layout, device):
     t = Inputs.of(Case((3, 5, 3, 3), layout=layout), device)
