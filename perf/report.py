@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from argparse import ArgumentTypeError
@@ -64,12 +65,11 @@ def count(text: str) -> int:
 
 
 def directory(text: str) -> Path:
-    """A directory, made if need be, for argparse."""
+    """A directory that exists or can be made, for argparse."""
     path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError from error
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError
     return path
 
 
