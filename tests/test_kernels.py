@@ -361,3 +361,15 @@ def test_what_no_strides_can_express_is_copied(device):
     expected, expected_mean, *_ = forward(kernels, replace(t, x=x.contiguous()), None, None, None)
     assert torch.equal(y, expected)
     assert torch.equal(mean, expected_mean)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_would_cut_rows_of_bits_is_copied(training, device, guarded):
+    """One image, whose rows lie apart in the residual, or in dy: they would be rows of bits."""
+    t = Inputs.of(Case((1, 5, 6, 9)), device)
+    apart = [tensor.new_full((1, 5, 6, 12), torch.nan) for tensor in (t.x, t.dy)]
+    residual, dy = (a[..., :9].copy_(b) for a, b in zip(apart, (t.dy.flip(2), t.dy), strict=True))
+    options = {"activation": "relu", "order": "norm_act"}
+    assert_fused_accurate(t, training, options | {"residual": residual})
+    assert_fused_accurate(replace(t, dy=dy), training, options | {"residual": t.dy.flip(2)})
+    assert_intact(guarded)
