@@ -434,3 +434,22 @@ def test_resnet_block_keeps_one_tensor_a_layer_and_bits(memory_format, blocks, d
     statistics = 2 * 2 * 8 * 4
     bits = 4 * 8 * 5 if memory_format == torch.contiguous_format else 4 * 36 * 1
     assert kept == 4 * x.numel() * 4 + bits + statistics
+
+
+@MODES
+def test_without_gradients_no_bits_are_written(training, device, monkeypatch):
+    asked = []
+    name = f"batch_norm_{'train' if training else 'eval'}"
+    operator = getattr(tribn.ops, name)
+
+    def spy(*args):
+        asked.append(args[-1])
+        return operator(*args)
+
+    monkeypatch.setattr(tribn.ops, name, spy)
+    layer = tribn.BatchNorm2d(3, activation="relu", device=device).train(training)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    layer(x, residual=x)
+    with torch.no_grad():
+        layer(x, residual=x)
+    assert asked == [True, False]

@@ -31,6 +31,7 @@ class Options(NamedTuple):
     activation: Activation
     act_first: bool
     inplace: bool
+    grad: bool  # whether a backward may follow
 
     @property
     def act(self) -> tuple[str | None, float, float, bool]:
@@ -111,6 +112,8 @@ class _Keep(NamedTuple):
     def of(
         cls, needs: tuple[bool, ...], training: bool, residual: Tensor | None, options: Options
     ) -> _Keep:
+        if not options.grad:  # which needs_input_grad does not tell
+            return cls(False, False, False)
         needs_x, needs_weight, *_ = needs
         x = needs_weight or (training and needs_x)
         activation, act_first = options.activation, options.act_first
@@ -220,7 +223,7 @@ def _differentiable_backward(
     wanted: list[bool],
 ) -> Grads:
     """The gradients by operations that can be differentiated again, for double backward."""
-    eps, axis, activation, act_first, _ = options
+    eps, axis, activation, act_first, *_ = options
     dtype = accumulator(dy.dtype)
     shape = [-1 if d == axis else 1 for d in range(dy.dim())]
     others = [d for d in range(dy.dim()) if d != axis]

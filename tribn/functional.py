@@ -112,7 +112,9 @@ def batch_norm(
     mask = _mask(mask, lengths, input, axis)
     act = parse(activation)
     check_memory(memory, act, order, residual is not None)
-    options = Options(eps, axis, act, order == "act_norm", memory == "inplace")
+    options = Options(
+        eps, axis, act, order == "act_norm", memory == "inplace", torch.is_grad_enabled()
+    )
     tensors = (input, weight, bias, residual, mask)
     check_bool("training", training)
     check_number("eps", eps)
