@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tribn.launch import MERGE, Device, Layout, collapse, make_plan
+from tribn.launch import MERGE, Device, Layout, bits_shape, collapse, make_plan
 
 H100 = Device(sms=132)
 SMALL = Device(sms=2)
@@ -66,6 +66,30 @@ def test_collapse_keeps_every_element_in_its_channel(case):
         assert len(shape) > 3
     else:
         assert Counter(layout_offsets(layout)) == Counter(offsets(shape, strides, axis))
+
+
+@given(strided(), st.data())
+def test_collapse_takes_a_mask_along(case, data):
+    """Every element meets its own place in the mask, whatever that says of the channel's axis."""
+    shape, strides, axis = case
+    mask = contiguous(shape, data.draw(st.permutations(range(len(shape)))))
+    layout = collapse(shape, strides, axis, mask)
+    if layout is None:
+        assert len(shape) > 3
+        return
+    mask[axis] = 0
+    expected = Counter(
+        (c, at[0], dot(index, mask))
+        for index, (c, *at) in zip(
+            itertools.product(*map(range, shape)), offsets(shape, strides, axis), strict=True
+        )
+    )
+    stride_n, stride_s = layout.mask
+    found = Counter(
+        (c, dot((n, c, s), layout.strides[0]), n * stride_n + s * stride_s)
+        for n, c, s in itertools.product(range(layout.N), range(layout.C), range(layout.S))
+    )
+    assert found == expected
 
 
 @given(
@@ -180,6 +204,37 @@ def test_plan_visits_every_element_once(shape, strides, itemsize):
     counts = Counter(visited(make_plan(layout, itemsize, SMALL), layout))
     assert len(counts) == layout.N * layout.C * layout.S
     assert set(counts.values()) == {1}
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 80)),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([2, 4, 8]),
+)
+def test_plan_for_bits_holds_whole_bytes_and_visits_each_once(shape, strides, itemsize):
+    layout = layout_of(shape, strides)
+    plan = make_plan(layout, itemsize, SMALL, bits=True)
+    block = plan.block_c if plan.channels_last else plan.block_s
+    assert block % 8 == 0
+    assert plan.channels_last == layout.channels_last
+    counts = Counter(visited(plan, layout))
+    assert len(counts) == layout.N * layout.C * layout.S
+    assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "axis", "expected"),
+    [
+        ((4, 3, 5, 6), (90, 30, 6, 1), 1, (4, 3, 4)),
+        ((4, 3, 5, 6), (90, 1, 18, 3), 1, (120, 1)),
+        ((4, 5, 17), (85, 17, 1), 2, (20, 3)),
+        ((8, 3), (3, 1), 1, (8, 1)),
+        ((2, 16, 8), (128, 8, 1), 1, (2, 16, 1)),
+        ((2, 0, 8), (8, 8, 1), 1, (1, 0, 2)),
+    ],
+)
+def test_bits_of_common_layouts(shape, strides, axis, expected):
+    assert bits_shape(shape, strides, axis) == expected
 
 
 @pytest.mark.parametrize(

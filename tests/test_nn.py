@@ -554,3 +554,25 @@ def test_loading_keeps_the_dtype_of_statistics(lazy, assign):
     module.load_state_dict(state, assign=assign)
     assert module.running_mean.dtype == module.running_var.dtype == torch.float32
     assert module.weight.dtype == torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("options", FUSED[:3], **ids)
+def test_compiled_with_all_that_is_fused_equals_eager(options, device):
+    torch._dynamo.reset()
+    eager = tribn.BatchNorm1d(3, device=device, **options)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    mask = torch.arange(5, device=device) < torch.tensor([[5], [2], [0], [4]], device=device)
+
+    def train(module):
+        seen = []
+        for seed in (1, 2):
+            x, residual, dy = (randn((4, 3, 5), device, seed=seed + s) for s in (0, 10, 20))
+            x, residual = x.requires_grad_(), residual.requires_grad_()
+            y = module(x, residual, mask=mask)
+            y.backward(dy)
+            seen += [y.detach(), x.grad, residual.grad]
+        return [*seen, *(p.grad for p in module.parameters()), *module.buffers()]
+
+    for result, expected in zip(train(compiled), train(eager), strict=True):
+        assert torch.equal(result, expected)
