@@ -21,6 +21,19 @@ from tribn.functional import batch_norm
 from tribn.reference import accumulator
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Each program of a grid takes the interpreter milliseconds.
+SLOW = pytest.mark.skipif(INTERPRET, reason="thousands of programs: minutes in the interpreter")
+
+
+def runs_no_kernel() -> None:
+    """Skips the rest of a file in the interpreter's pass, which is there to check kernels."""
+    if INTERPRET:
+        pytest.skip(
+            "runs no kernel that the interpreter could check: run it without TRITON_INTERPRET=1",
+            allow_module_level=True,
+        )
+
+
 F16, BF16, F32, F64 = DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOMENTUM, EPS = 0.3, 1e-5
 PLAIN = (None, 0.0, 0.0, False)  # to an operator: no activation
@@ -85,8 +98,7 @@ class Case:
 
 def params(cases: list[Case]) -> list[object]:
     """The cases for pytest.mark.parametrize."""
-    slow = pytest.mark.skipif(INTERPRET, reason="too many programs for the interpreter")
-    return [pytest.param(case, id=str(case), marks=[slow] if case.large else []) for case in cases]
+    return [pytest.param(case, id=str(case), marks=[SLOW] if case.large else []) for case in cases]
 
 
 _PLAIN = [

@@ -25,4 +25,4 @@ def device(request):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not GPU:
-        pytest.skip("needs a CUDA device and no TRITON_INTERPRET=1")
+        pytest.skip("checks what only a GPU does, and there is none, or TRITON_INTERPRET=1 is set")

@@ -4,18 +4,15 @@ import json
 import math
 from collections import deque
 from contextlib import nullcontext
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 from torch.nn import functional as F
 
-if INTERPRET:
-    pytest.skip("the benchmark refuses to time the interpreter", allow_module_level=True)
-if not find_spec("rich"):
-    pytest.skip("the benchmark needs rich", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("rich")
 
 from perf import bench, clocks
 from perf.__main__ import main

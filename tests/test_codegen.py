@@ -5,16 +5,13 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
-from cases import INTERPRET, PLAIN
+from cases import PLAIN, runs_no_kernel
 
-if INTERPRET:
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-if not find_spec("rich"):
-    pytest.skip("the table needs rich", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("rich")
 
 from perf import codegen
 from perf.__main__ import main

@@ -5,18 +5,17 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from cases import INTERPRET
+from cases import runs_no_kernel
 
-if INTERPRET:
-    pytest.skip("the benchmark does not run in the interpreter", allow_module_level=True)
-if not find_spec("rich"):
-    pytest.skip("perf needs rich", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("rich")
 if not shutil.which("git"):
-    pytest.skip("revisions need git", allow_module_level=True)
+    pytest.skip(
+        "git is not installed, and revisions are checked out with it", allow_module_level=True
+    )
 
 from reports import KEY, bench, outcome, save
 

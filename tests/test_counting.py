@@ -7,7 +7,10 @@ import torch
 from cases import BF16, F16, F32, F64, INTERPRET, Case, Inputs
 
 if not INTERPRET:
-    pytest.skip("only the interpreter counts loads: TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip(
+        "loads are counted in Triton's interpreter: run it with TRITON_INTERPRET=1",
+        allow_module_level=True,
+    )
 
 import triton
 import triton.language as tl

@@ -5,19 +5,16 @@ import math
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 
-if INTERPRET:
-    pytest.skip(
-        "the demo trains networks, which would take the interpreter hours", allow_module_level=True
-    )
-if missing := [name for name in ("matplotlib", "rich", "sklearn") if not find_spec(name)]:
-    pytest.skip(f"the demo needs {', '.join(missing)}", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
 
 import numpy as np
 from matplotlib.colors import to_rgb

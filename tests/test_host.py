@@ -2,16 +2,14 @@
 
 import json
 from functools import partial
-from importlib.util import find_spec
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 
-if INTERPRET:
-    pytest.skip("the interpreter replaces the launches", allow_module_level=True)
-if missing := [name for name in ("rich", "triton") if not find_spec(name)]:
-    pytest.skip(f"perf host needs {', '.join(missing)}", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("rich")
+pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 

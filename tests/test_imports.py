@@ -84,12 +84,13 @@ def python(code, *flags, interpret="0"):
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_import_brings_no_triton_along(interpret):
-    python(
+    new = python(
         "import sys, torch; before = set(sys.modules); import tribn;"
-        "new = {name for name in set(sys.modules) - before if name.split('.')[0] == 'triton'};"
-        "assert not new, new",
+        "print(*set(sys.modules) - before, file=sys.stderr)",
         interpret=interpret,
-    )
+    ).split()
+    assert "tribn" in new
+    assert not [name for name in new if name.split(".")[0] == "triton"]
 
 
 WITHOUT_TRITON = """
@@ -102,16 +103,18 @@ module = tribn.BatchNorm1d(3)
 
 
 def test_cpu_needs_no_triton():
-    python(WITHOUT_TRITON + "module(x).sum().backward(); module.eval()(x).sum().backward()")
+    steps = "module(x).sum().backward(); module.eval()(x).sum().backward();"
+    shapes = python(f"{WITHOUT_TRITON}{steps} print(*x.grad.shape, file=sys.stderr)")
+    assert shapes.split() == ["4", "3", "5"]
 
 
 def test_kernels_without_triton_say_what_to_install():
-    python(
+    said = python(
         WITHOUT_TRITON + "try: module(x)\n"
-        "except ImportError as error: assert 'pip install triton' in str(error)\n"
-        "else: raise AssertionError('no error')",
+        "except ImportError as error: print(error, file=sys.stderr)",
         interpret="1",
     )
+    assert "pip install triton" in said
 
 
 def test_import_takes_at_most_50_ms_over_torch():

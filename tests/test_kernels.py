@@ -30,7 +30,10 @@ from tribn import reference
 from tribn.launch import MERGE, collapse, make_plan, vector
 
 if not (INTERPRET or GPU):
-    pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip(
+        "kernels run on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter",
+        allow_module_level=True,
+    )
 
 from tribn import kernels
 from tribn.functional import batch_norm

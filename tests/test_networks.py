@@ -1,17 +1,14 @@
 """The networks of perf: as published, and with the batch norms that perf's table lists."""
 
 from collections import Counter
-from importlib.util import find_spec
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 from torch.nn import functional as F
 
-if INTERPRET:
-    pytest.skip("these networks have nothing to do with kernels", allow_module_level=True)
-if not find_spec("rich"):
-    pytest.skip("perf step needs rich", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("rich")
 
 import tribn
 from perf.cases import SETS, Layer, layers

@@ -1,15 +1,13 @@
 """Figures of synthetic results: that they show what is in the JSON, and nothing else."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
-from cases import INTERPRET
+from cases import runs_no_kernel
 
-if INTERPRET:
-    pytest.skip("figures have nothing to do with the interpreter", allow_module_level=True)
-if missing := [name for name in ("matplotlib", "rich") if not find_spec(name)]:
-    pytest.skip(f"plots need {', '.join(missing)}", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
 from matplotlib.colors import to_hex
 from matplotlib.image import imread

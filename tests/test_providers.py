@@ -6,12 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 from torch import nn
 from torch.nn import functional as F
 
-if INTERPRET:
-    pytest.skip("providers are timed without the interpreter", allow_module_level=True)
+runs_no_kernel()
 
 from perf import providers
 from perf.cases import LAYOUTS, OPS

@@ -1,15 +1,12 @@
 """What counts as a regression, and what is never compared."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
-from cases import INTERPRET
+from cases import runs_no_kernel
 
-if INTERPRET:
-    pytest.skip("results of bench know no interpreter", allow_module_level=True)
-if not find_spec("rich"):
-    pytest.skip("perf needs rich", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("rich")
 
 from reports import KEY, bench, outcome, save
 

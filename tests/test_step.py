@@ -2,18 +2,16 @@
 
 import json
 from functools import partial
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 from torch.nn import functional as F
 
-if INTERPRET:
-    pytest.skip("training steps would take the interpreter hours", allow_module_level=True)
-if missing := [name for name in ("matplotlib", "rich") if not find_spec(name)]:
-    pytest.skip(f"perf step needs {', '.join(missing)}", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
 import tribn
 from perf import step

@@ -20,7 +20,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from cases import BF16, DTYPES, F16, F32, F64, INTERPRET
+from cases import BF16, DTYPES, F16, F32, F64, INTERPRET, SLOW
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -358,7 +358,10 @@ def test_module_gradcheck(case, training, device):
     _check_module(gradcheck, case, training, device)
 
 
-@pytest.mark.skipif(INTERPRET, reason="second derivatives run no kernels")
+@pytest.mark.skipif(
+    INTERPRET,
+    reason="second derivatives are plain PyTorch: they are tested outside the interpreter",
+)
 @cases
 @modes
 def test_module_gradgradcheck(case, training, device):
@@ -751,7 +754,7 @@ def test_half_input_without_parameters(training, device):
     assert layer.running_var.dtype == F32
 
 
-@pytest.mark.skipif(INTERPRET, reason="too many programs for the interpreter")
+@SLOW
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_large_batch(dtype, device):
     x = torch.rand(880801, 1, 1, 1, dtype=dtype, device=device, requires_grad=True)

@@ -4,16 +4,14 @@ tests/test_counting.py holds it to the kernels.
 """
 
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
-from cases import INTERPRET
+from cases import runs_no_kernel
 
-if INTERPRET:
-    pytest.skip("nothing here runs a kernel", allow_module_level=True)
-if missing := [name for name in ("matplotlib", "rich") if not find_spec(name)]:
-    pytest.skip(f"the report needs {', '.join(missing)}", allow_module_level=True)
+runs_no_kernel()
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
