@@ -137,7 +137,7 @@ def mish(z, p, q):
 @triton.jit
 def mish_grad(dy, z, p, q):
     t = _tanh_softplus(z)
-    return dy * (t + z * sigmoid(z, p, q) * (1.0 - t * t))
+    return dy * (t + z * (sigmoid(z, p, q) * (1.0 - t * t)))
 
 
 @triton.jit

@@ -54,7 +54,8 @@ def reduced(
     """Outer and inner reduced positions of a tile, int64 [BLOCK_N * BLOCK_S], and which exist."""
     if not CHANNELS_LAST:
         S = S // VEC * VEC
-    blocks = tl.cdiv(S, BLOCK_S).to(tl.int32)
+    tile = tl.cast(tile, tl.uint32)  # what is not negative divides in fewer instructions
+    blocks = tl.cdiv(S, BLOCK_S).to(tl.uint32)
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     n = (tile // blocks).to(tl.int64) * BLOCK_N + lane // BLOCK_S
     s = (tile % blocks).to(tl.int64) * BLOCK_S + lane % BLOCK_S
@@ -64,7 +65,8 @@ def reduced(
 @triton.jit
 def tile_count(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """How many reduced positions of a tile exist, an int64 scalar."""
-    blocks = tl.cdiv(S, BLOCK_S).to(tl.int32)
+    tile = tl.cast(tile, tl.uint32)
+    blocks = tl.cdiv(S, BLOCK_S).to(tl.uint32)
     n = tl.minimum(N - (tile // blocks).to(tl.int64) * BLOCK_N, BLOCK_N)
     return n * tl.minimum(S - (tile % blocks).to(tl.int64) * BLOCK_S, BLOCK_S)
 
