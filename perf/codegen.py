@@ -62,6 +62,7 @@ class Target:
 
     gpu: GPUTarget
     sms: int
+    l2: int  # bytes, of the whole device
     shared: int  # bytes of shared memory
     warps: int = 64
     ctas: int = 32
@@ -70,14 +71,26 @@ class Target:
     registers: int = 16384  # of a scheduler
     register_unit: int = 256  # what a warp takes is a multiple of it
 
+    @property
+    def facts(self) -> Device:
+        return Device(
+            sms=self.sms,
+            l2=self.l2,
+            registers=4 * SCHEDULERS * self.registers,
+            shared=self.shared,
+            threads=self.warps * self.gpu.warp_size,
+            warp=self.gpu.warp_size,
+        )
+
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), GPUS["A100"].sms, shared=164 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), GPUS["H100"].sms, shared=228 * 1024),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), sms=148, shared=228 * 1024),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), GPUS["A100"].sms, GPUS["A100"].l2, shared=164 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), GPUS["H100"].sms, GPUS["H100"].l2, shared=228 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), sms=148, l2=126 * 2**20, shared=228 * 1024),
     "gfx942": Target(
         GPUTarget("hip", "gfx942", 64),
         sms=304,
+        l2=4 * 2**20,  # of each of 8 chiplets
         shared=64 * 1024,
         warps=32,
         reserved=0,
@@ -111,7 +124,7 @@ def absent(target: str) -> Iterator[None]:
     device.get_current_stream.return_value = 0
     with (
         mock.patch.object(driver, "_active", device),
-        mock.patch.object(host, "device_facts", return_value=Device(wanted.sms)),
+        mock.patch.object(host, "device_facts", return_value=wanted.facts),
     ):
         yield
 

@@ -6,22 +6,39 @@ Standard library only, so that every plan can be computed, printed and tested on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 WARPS = 8  # of a program with a full tile
 BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
+HELD_PER_THREAD = 64  # elements in registers, of all tensors, of 4 bytes: two such programs fit
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGE = 16  # partials that every consumer merges for itself; more get a launch of their own
 COMBINE_C = 16  # channels of a program that only merges partials: few, for many programs
+MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
+MERGERS = 16  # programs that merge for the whole group, where there are more partials than that
+BARRIER = 1  # what waiting costs, in tiles of a program
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device."""
+    """What a plan needs to know of a device, in bytes, and for each of its multiprocessors."""
 
-    sms: int
+    sms: int  # that may be used
+    l2: int
+    registers: int
+    shared: int
+    threads: int
+    warp: int = 32
+    cooperative: bool = True  # programs can be made to run at the same time
+
+    def programs_per_sm(self, warps: int, registers: int, shared: int) -> int:
+        """Of so many registers a thread, and bytes of shared memory, at a time."""
+        by_registers = self.registers // (4 * warps * self.warp * max(_up(registers, 8), 1))
+        by_threads = self.threads // (warps * self.warp)
+        # Every program takes 1 KB for the system.
+        return min(by_registers, by_threads, self.shared // (_up(shared, 128) + 1024), 32)
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,9 @@ class Plan:
     """How a reduction over (N, S) and a pass over the same elements are cut into programs.
 
     A tile is `block_c` channels by `block_n * block_s` reduced elements. The tiles of a block of
-    channels are dealt out to `splits` programs in runs of `tiles_per_split`.
+    channels are dealt out to `splits` programs in runs of `tiles_per_split`. Plans to read once
+    have a `tier`, where the blocks, here slabs, stay meanwhile, and `groups` of programs, each of
+    which takes one slab after another; others have as many programs as there are splits.
     """
 
     block_n: int
@@ -110,10 +129,39 @@ class Plan:
     channels_last: bool  # the channel is the axis of neighbouring elements
     vec: int  # the other axes' strides, and this axis' size, are multiples of it
     num_warps: int
+    tier: str | None = None  # "registers", "l2" or, if it does not fit, "memory"
+    groups: int = 0
+    streams: bool = False  # the tensors are too large to be found in the L2 cache afterwards
 
     @property
     def grid(self) -> tuple[int]:
-        return (self.channel_blocks * self.splits,)
+        return ((self.groups or self.channel_blocks) * self.splits,)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the programs of a group wait for each other."""
+        return self.groups > 0 and self.splits > 1
+
+    @property
+    def mergers(self) -> int:
+        """How many programs of a group merge its partial results for all of them.
+
+        If it is 1, each of them does so for itself, and if 0 there is nothing to merge.
+        """
+        if not self.waits:
+            return 0
+        # One of them for each channel
+        return self.block_c if self.splits > max(self.block_g(1), self.block_c) else 1
+
+    def block_g(self, mergers: int) -> int:
+        """How many partial results one of so many mergers takes at once."""
+        return max(1, MERGED_AT_ONCE * mergers // self.block_c) if mergers else 1
+
+    @property
+    def policies(self) -> tuple[str, str]:
+        """How the caches are to treat what is visited for the first and the last time."""
+        first = "evict_last" if self.tier == "l2" and self.streams else ""
+        return first, "evict_first" if self.streams else ""
 
     def strides(self, layout: Layout, tensors: Sequence[int]) -> list[int]:
         """The strides of some of the layout's tensors as the kernels take them.
@@ -139,41 +187,112 @@ def make_plan(layout: Layout, itemsize: int, device: Device, bits: bool = False)
 
     With `bits` the tile holds whole bytes of one bit an element.
     """
+    plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize)
+    tiles = _tiles(plan, layout)
+    splits = _cdiv(CTAS_PER_SM * device.sms, plan.channel_blocks)
+    tiles_per_split = max(_cdiv(tiles, splits), min(tiles, TILES_PER_SPLIT))
+    return _split(plan, layout, tiles_per_split)
+
+
+@lru_cache(maxsize=4096)
+def single_read_plan(
+    layout: Layout,
+    itemsize: int,
+    device: Device,
+    inputs: int = 1,
+    bits: bool = False,
+    programs_per_sm: int = 2,
+) -> Plan:
+    """The plan that visits all tiles of a slab of channels twice, as far as possible on the chip.
+
+    `inputs` are the tensors that are read twice. Tile and tier do not depend on how many programs
+    a multiprocessor holds, which only compiling the kernel for them tells.
+    """
+    most = HELD_PER_THREAD // inputs // (itemsize // 4 or 1)
+    # Slabs as narrow as memory allows: in runs of 64 bytes, the least that DRAM moves, over
+    # neighbouring channels, and of 256 over planes, which start anywhere.
+    narrow = 64 // itemsize
+    if not layout.channels_last:
+        narrow = _pow2_above(_cdiv(256, layout.S * itemsize))
+    held = []
+    per_thread = BYTES_PER_THREAD // itemsize
+    while per_thread <= most:
+        plan = _tile(layout, itemsize, bits, per_thread, narrow)
+        tiles = _tiles(plan, layout)
+        if tiles == 1 or plan.channel_blocks * tiles <= 2 * device.sms:
+            held.append(_split(plan, layout, 1))
+        per_thread *= 2
+    # A program that has its channels to itself needs no one; else the more of them the better.
+    for plan in [*(plan for plan in held if plan.splits == 1), *held]:
+        groups = min(plan.channel_blocks, device.sms * programs_per_sm // plan.splits)
+        if groups or plan.splits == 1:
+            return replace(plan, tier="registers", groups=groups or plan.channel_blocks)
+
+    total = layout.N * layout.C * layout.S * itemsize
+    plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize, narrow)
+    slab = inputs * min(plan.block_c, layout.C) * layout.N * layout.S * itemsize
+    at_once = device.l2 // 2 // slab
+    tier = "l2" if at_once else "memory"
+    programs, slabs = device.sms * programs_per_sm, plan.channel_blocks
+    tiles = _tiles(plan, layout)
+
+    def cost(splits: int) -> int:
+        """In tiles, one after the other."""
+        groups = min(programs // splits, slabs, at_once or slabs)
+        return _cdiv(slabs, groups) * (_cdiv(tiles, splits) + BARRIER * (splits > 1))
+
+    splits = min(range(1, min(programs, tiles) + 1), key=cost)
+    plan = _split(plan, layout, _cdiv(tiles, splits))
+    groups = min(programs // plan.splits, slabs, at_once or slabs)
+    return replace(plan, tier=tier, groups=groups, streams=2 * total > device.l2)
+
+
+def _tile(
+    layout: Layout, itemsize: int, bits: bool, per_thread: int, widest: int | None = None
+) -> Plan:
+    """A tile with so many elements a thread, and as many programs as there are channel blocks.
+
+    It is not wider than `widest` channels, or 8 with bits.
+    """
     N, C, S = layout.N, layout.C, layout.S
     channels_last = layout.channels_last
     least = 8 if bits else 1  # neighbouring elements of a tile
     vec = vector(layout, channels_last, 16 // itemsize)
     # Narrow accesses hold an address for every element in registers, and small planes the numbers
     # of several channels besides: fewer elements.
-    bytes_per_thread = BYTES_PER_THREAD
     if vec * itemsize < 8:
-        bytes_per_thread //= 2 if channels_last else 4
-    elements = 32 * WARPS * bytes_per_thread // itemsize
+        per_thread //= 2 if channels_last else 4
+    elements = 32 * WARPS * per_thread
     if channels_last:
         # Rows of whole cache lines
-        block_c = max(least, min(_pow2_above(C), 64, 256 // itemsize))
+        block_c = max(least, min(_pow2_above(C), widest or min(64, 256 // itemsize)))
         block_s = min(_pow2_above(S), elements // block_c)
     else:
         block_s = max(least, _inner_block(S, elements))
         # Small planes of neighbouring channels lie next to each other: take them in one run.
         block_c = min(_pow2_above(C), elements // block_s) if elements > 16 * S else 1
+        block_c = min(block_c, widest or block_c)
     block_n = min(_pow2_above(N), elements // (block_c * block_s))
-
-    tiles = _cdiv(N, block_n) * _cdiv(S, block_s)
-    channel_blocks = _cdiv(C, block_c)
-    splits = _cdiv(CTAS_PER_SM * device.sms, channel_blocks)
-    tiles_per_split = max(_cdiv(tiles, splits), min(tiles, TILES_PER_SPLIT))
     return Plan(
         block_n=block_n,
         block_c=block_c,
         block_s=block_s,
-        tiles_per_split=tiles_per_split,
-        splits=_cdiv(tiles, tiles_per_split),
-        channel_blocks=channel_blocks,
+        tiles_per_split=_cdiv(N, block_n) * _cdiv(S, block_s),
+        splits=1,
+        channel_blocks=_cdiv(C, block_c),
         channels_last=channels_last,
         vec=vec,
-        num_warps=max(1, block_n * block_c * block_s * itemsize // (32 * bytes_per_thread)),
+        num_warps=max(1, block_n * block_c * block_s // (32 * per_thread)),
     )
+
+
+def _tiles(plan: Plan, layout: Layout) -> int:
+    return _cdiv(layout.N, plan.block_n) * _cdiv(layout.S, plan.block_s)
+
+
+def _split(plan: Plan, layout: Layout, tiles_per_split: int) -> Plan:
+    splits = _cdiv(_tiles(plan, layout), tiles_per_split)
+    return replace(plan, tiles_per_split=tiles_per_split, splits=splits)
 
 
 def vector(layout: Layout, channels_last: bool, limit: int) -> int:
@@ -203,3 +322,7 @@ def _cdiv(a: int, b: int) -> int:
 
 def _pow2_above(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _up(number: int, unit: int) -> int:
+    return _cdiv(number, unit) * unit

@@ -1,7 +1,8 @@
 """Backward kernels, each followed by its launcher, and the operator made of them.
 
-Training runs `backward_reduce`, one partial result for each split of the reduction, and then
-`backward_dx`, whose programs merge the partials for themselves; where they are many, or nothing
+Training is one launch, `backward`, where its programs can run at the same time, as in forward.
+Elsewhere it is two: `backward_reduce` leaves one partial result for each split of the reduction,
+and the programs of `backward_dx` merge the partials for themselves; where they are many, or nothing
 else wants them, `backward_combine` merges them once.
 """
 
@@ -12,19 +13,22 @@ from torch import Tensor
 
 from tribn.activation import Activation
 from tribn.kernels.activation import functions, inverse
-from tribn.kernels.host import Launcher, dense, lay_out
+from tribn.kernels.host import dense, or_in_two_launches, prepare
 from tribn.kernels.tile import (
     UNSPECIALIZED,
     affine,
     bit_offsets,
+    channels,
+    group_barrier,
+    load,
     load_or,
     merge_sums,
     offsets,
-    program,
     reciprocal,
     reciprocal_std,
     reduced,
     store,
+    tiles,
     unmasked,
     unpack,
 )
@@ -33,18 +37,29 @@ from tribn.reference import accumulator
 
 
 @triton.jit
-def upstream(
-    tile,
-    n,
+def constants(
     c,
-    s,
-    exists,  # of the tile
-    valid,  # of the tile, and counted in by the mask
-    mean,
-    scale,
-    bias,
-    p,
-    q,
+    c_mask,
+    eps,
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean, 1 / std, scale and bias of each channel."""
+    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+    rstd = reciprocal_std(load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE), eps, DTYPE)
+    scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * rstd
+    return mean, rstd, scale, load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+
+
+@triton.jit
+def load_inputs(
+    tile,
+    c,
+    c_mask,
     dy_ptr,
     x_ptr,
     residual_ptr,
@@ -61,15 +76,51 @@ def upstream(
     stride_rn,
     stride_ro,
     stride_ri,
-    PRE: tl.constexpr,
-    GRAD: tl.constexpr,
-    INVERSE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    EVICTION: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+):
+    """A tile of dy, x and of bits or residual; dy stands in for what there is not."""
+    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    exists = c_mask[:, None] & exists[None, :]
+    strides = (stride_dyn, stride_dyo, stride_dyi)
+    dy = load(dy_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+    x = dy
+    more = dy
+    if x_ptr is not None:
+        strides = (stride_xn, stride_xo, stride_xi)
+        x = load(x_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+    if bits_ptr is not None:
+        at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
+        more = tl.load(bits_ptr + at, whole, other=0)
+    elif residual_ptr is not None:
+        strides = (stride_rn, stride_ro, stride_ri)
+        more = load(residual_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+    return dy, x, more
+
+
+@triton.jit
+def upstream(
+    dy,
+    x,
+    more,
+    valid,
+    mean,
+    scale,
+    bias,
+    p,
+    q,
+    x_ptr,
+    residual_ptr,
+    bits_ptr,
+    PRE: tl.constexpr,
+    GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """GRAD(dy), PRE(x) - mean and what the activation was applied to, of a tile.
 
@@ -77,13 +128,11 @@ def upstream(
     forward did. With INVERSE x is forward's output, and both come from that. Where there is no x or
     no activation, dy stands in for it.
     """
-    at = offsets(n, c, s, stride_dyn, stride_dyo, stride_dyi, VEC, CHANNELS_LAST)
-    g = tl.load(dy_ptr + at, exists, other=0.0).to(DTYPE)
+    g = dy.to(DTYPE)
     source = g
     deviation = g
     if x_ptr is not None:
-        at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-        source = tl.load(x_ptr + at, exists, other=0.0).to(DTYPE)
+        source = x.to(DTYPE)
         if INVERSE is not None:
             source = INVERSE(source, p, q)
             deviation = (source - bias[:, None]) / scale[:, None]
@@ -92,16 +141,59 @@ def upstream(
         else:
             deviation = source - mean[:, None]
     if bits_ptr is not None:
-        at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
-        source = unpack(tl.load(bits_ptr + at, whole, other=0), CHANNELS_LAST, DTYPE)
+        source = unpack(more, CHANNELS_LAST, DTYPE)
     elif GRAD is not None and INVERSE is None:
         source = affine(source, mean, scale, bias)
         if residual_ptr is not None:
-            at = offsets(n, c, s, stride_rn, stride_ro, stride_ri, VEC, CHANNELS_LAST)
-            source += tl.load(residual_ptr + at, exists, other=0.0).to(DTYPE)
+            source += more.to(DTYPE)
     if GRAD is not None:
         g = GRAD(g, source, p, q)
     return tl.where(valid, g, 0.0), deviation, source
+
+
+@triton.jit
+def terms(
+    dy,
+    x,
+    more,
+    tile,
+    mean,
+    scale,
+    bias,
+    p,
+    q,
+    x_ptr,
+    residual_ptr,
+    bits_ptr,
+    mask_ptr,
+    N,
+    S,
+    stride_mn,
+    stride_ms,
+    PRE: tl.constexpr,
+    GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """g and g * (PRE(x) - mean) of a tile, 0 where nothing counts."""
+    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)[None, :]
+    g, deviation, _ = upstream(
+        *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+        *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
+    )
+    return g, tl.where(valid, g * deviation, 0.0)
+
+
+@triton.jit
+def store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask):
+    """Partial results of G parts, whose rows are C apart."""
+    tl.store(partials_ptr + at, sum_g, c_mask)
+    tl.store(partials_ptr + G * C + at, sum_g_x, c_mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -157,58 +249,44 @@ def backward_reduce_kernel(
     Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
-    c, c_mask, group, first, last = program(
-        pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
+    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
+    g = pid // blocks
+    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
+    mean, _, scale, bias = constants(
+        c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
     )
-    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-    var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-    scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * reciprocal_std(var, eps, DTYPE)
-    bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     sum_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
     sum_g_x = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
     for tile in range(first, last):
-        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
-        mask = c_mask[:, None] & exists[None, :]
-        g, deviation, source = upstream(
-            *(
-                tile,
-                n,
-                c,
-                s,
-                mask,
-                valid[None, :],
-                mean,
-                scale,
-                bias,
-                p,
-                q,
-                dy_ptr,
-                x_ptr,
-                residual_ptr,
-                bits_ptr,
-            ),
-            *(N, C, S, stride_dyn, stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi),
-            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, INVERSE, DTYPE, VEC),
-            *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+        dy, x, more = load_inputs(
+            *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
+            *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
+            *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
         )
-        sum_g += g
+        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)[None, :]
+        mask = c_mask[:, None] & exists[None, :]
+        dx, deviation, source = upstream(
+            *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+            *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
+        )
+        sum_g += dx
         if x_ptr is not None:
-            sum_g_x += tl.where(valid[None, :], g * deviation, 0.0)
+            sum_g_x += tl.where(valid, dx * deviation, 0.0)
         at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
         if dresidual_ptr is not None:
-            store(dresidual_ptr, at, g, mask)
+            store(dresidual_ptr, at, dx, mask)
         if dx_ptr is not None:
-            dx = g * scale[:, None]
+            dx = dx * scale[:, None]
             if PRE_GRAD is not None:
                 dx = PRE_GRAD(dx, source, p, q)
             if mask_ptr is not None:
-                dx = tl.where(valid[None, :], dx, 0.0)
+                dx = tl.where(valid, dx, 0.0)
             store(dx_ptr, at, dx, mask)
-    at = group * C + c
-    tl.store(partials_ptr + at, tl.sum(sum_g, 1), c_mask)
-    tl.store(partials_ptr + G * C + at, tl.sum(sum_g_x, 1), c_mask)
+    at = g.to(tl.int64) * C + c
+    store_sums(partials_ptr, at, tl.sum(sum_g, 1), tl.sum(sum_g_x, 1), G, C, c_mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -229,13 +307,90 @@ def backward_combine_kernel(
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     sum_dy, sum_dy_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
-    tl.store(merged_ptr + c, sum_dy, c_mask)
-    tl.store(merged_ptr + C + c, sum_dy_x, c_mask)
+    store_sums(merged_ptr, c, sum_dy, sum_dy_x, 1, C, c_mask)
+    rstd = reciprocal_std(load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE), eps, DTYPE)
+    store_grads(sum_dy, sum_dy_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
+
+
+@triton.jit
+def store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr):
+    """Stores the gradients of weight and bias, those of them that are wanted."""
     if dweight_ptr is not None:
-        var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-        store(dweight_ptr, c, sum_dy_x * reciprocal_std(var, eps, DTYPE), c_mask)
+        store(dweight_ptr, c, sum_g_x * rstd, c_mask)
     if dbias_ptr is not None:
-        store(dbias_ptr, c, sum_dy, c_mask)
+        store(dbias_ptr, c, sum_g, c_mask)
+
+
+@triton.jit
+def means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE: tl.constexpr):
+    """sum(g) / n, and sum(g * z) / n * rstd."""
+    if count_ptr is not None:
+        share = reciprocal(tl.load(count_ptr))
+    else:
+        share = reciprocal(N * S)
+    return (sum_g * share).to(DTYPE), (sum_g_x * rstd * rstd * share).to(DTYPE)
+
+
+@triton.jit
+def write(
+    dy,
+    x,
+    more,
+    tile,
+    c,
+    c_mask,
+    mean,
+    scale,
+    bias,
+    offset,
+    slope,
+    p,
+    q,
+    dx_ptr,
+    dresidual_ptr,
+    x_ptr,
+    residual_ptr,
+    bits_ptr,
+    mask_ptr,
+    N,
+    S,
+    stride_dxn,
+    stride_dxo,
+    stride_dxi,
+    stride_mn,
+    stride_ms,
+    CENTRED: tl.constexpr,
+    PRE: tl.constexpr,
+    PRE_GRAD: tl.constexpr,
+    GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
+    EVICTION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Stores dx and dresidual of a tile; CENTRED: the statistics are functions of x."""
+    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)[None, :]
+    mask = c_mask[:, None] & exists[None, :]
+    dx, deviation, source = upstream(
+        *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+        *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
+    )
+    at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
+    if dresidual_ptr is not None:
+        store(dresidual_ptr, at, dx, mask, EVICTION)
+    if dx_ptr is not None:
+        if CENTRED:
+            dx = dx - offset[:, None] - deviation * slope[:, None]
+        dx = dx * scale[:, None]
+        if PRE_GRAD is not None:
+            dx = PRE_GRAD(dx, source, p, q)
+        if mask_ptr is not None:
+            dx = tl.where(valid, dx, 0.0)
+        store(dx_ptr, at, dx, mask, EVICTION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -297,63 +452,175 @@ def backward_dx_kernel(
     Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    c, c_mask, group, first, last = program(
-        pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
+    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
+    g = pid // blocks
+    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
+    mean, rstd, scale, bias = constants(
+        c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
     )
-    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-    var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-    rstd = reciprocal_std(var, eps, DTYPE)
-    scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * rstd
-    bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
+    offset, slope = mean, mean
     if partials_ptr is not None:
         sum_g, sum_g_x = merge_sums(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
-        if group == 0:
-            if dweight_ptr is not None:
-                store(dweight_ptr, c, sum_g_x * rstd, c_mask)
-            if dbias_ptr is not None:
-                store(dbias_ptr, c, sum_g, c_mask)
-        if count_ptr is not None:
-            share = reciprocal(tl.load(count_ptr))
-        else:
-            share = reciprocal(N * S)
-        offset = (sum_g * share).to(DTYPE)
-        slope = (sum_g_x * rstd * rstd * share).to(DTYPE)
+        if g == 0:
+            store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
     for tile in range(last - 1, first - 1, -1):
-        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
-        mask = c_mask[:, None] & exists[None, :]
-        dx, deviation, source = upstream(
-            *(
-                tile,
-                n,
-                c,
-                s,
-                mask,
-                valid[None, :],
-                mean,
-                scale,
-                bias,
-                p,
-                q,
-                dy_ptr,
-                x_ptr,
-                residual_ptr,
-                bits_ptr,
-            ),
-            *(N, C, S, stride_dyn, stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi),
-            *(stride_rn, stride_ro, stride_ri, PRE, GRAD, INVERSE, DTYPE, VEC),
-            *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+        dy, x, more = load_inputs(
+            *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
+            *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
+            *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
         )
-        if partials_ptr is not None:
-            dx = dx - offset[:, None] - deviation * slope[:, None]
-        dx = dx * scale[:, None]
-        if PRE_GRAD is not None:
-            dx = PRE_GRAD(dx, source, p, q)
-        if mask_ptr is not None:
-            dx = tl.where(valid[None, :], dx, 0.0)
-        at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
-        store(dx_ptr, at, dx, mask)
+        write(
+            *(dy, x, more, tile, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr, None),
+            *(x_ptr, residual_ptr, bits_ptr, mask_ptr, N, S, stride_dxn, stride_dxo, stride_dxi),
+            *(stride_mn, stride_ms, partials_ptr is not None, PRE, PRE_GRAD, GRAD, INVERSE, ""),
+            *(DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_kernel(
+    dx_ptr,  # [N, C, S]
+    dresidual_ptr,  # [N, C, S]
+    dweight_ptr,  # [C]
+    dbias_ptr,  # [C]
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    count_ptr,  # [] values of a channel that count, with a mask only
+    x_ptr,  # [N, C, S], y with INVERSE
+    dy_ptr,  # [N, C, S]
+    residual_ptr,  # [N, C, S]
+    bits_ptr,  # a bit for every element of y: see tile.py
+    mask_ptr,  # [N, S]: 0 where the input does not count
+    eps: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    stride_dxn: tl.int64,
+    stride_dxo: tl.int64,
+    stride_dxi,
+    stride_xn: tl.int64,
+    stride_xo: tl.int64,
+    stride_xi,
+    stride_dyn: tl.int64,
+    stride_dyo: tl.int64,
+    stride_dyi,
+    stride_rn: tl.int64,
+    stride_ro: tl.int64,
+    stride_ri,
+    stride_mn,
+    stride_ms,
+    G,
+    tiles_per_split,
+    partials_ptr,  # [2, G + 1, C] float64, scratch
+    counters_ptr,  # [1 + groups] int32: see `forward_kernel`
+    PRE: tl.constexpr,
+    PRE_GRAD: tl.constexpr,
+    GRAD: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    MERGERS: tl.constexpr,
+    HELD: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """All gradients in training; the formulas are those of the other two kernels.
+
+    Groups, visits and grid are those of `forward_kernel`.
+    """
+    groups = tl.num_programs(0) // G
+    group = tl.program_id(0) // G
+    member = tl.program_id(0) % G
+    first, last = tiles(member, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
+    p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
+    for slab in range(group, tl.cdiv(C, BLOCK_C).to(tl.int32), groups):
+        c, c_mask = channels(slab, C, VEC, CHANNELS_LAST, BLOCK_C)
+        mean, rstd, scale, bias = constants(
+            c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
+        )
+        if HELD:
+            dy, x, more = load_inputs(
+                *(first, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
+                *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
+                *(stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+            )
+            sum_g, sum_g_x = terms(
+                *(dy, x, more, first, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+                *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, DTYPE, VEC),
+                *(CHANNELS_LAST, BLOCK_N, BLOCK_S),
+            )
+        else:
+            sum_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
+            sum_g_x = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
+            for tile in range(first, last):
+                dy, x, more = load_inputs(
+                    *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
+                    *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn),
+                    *(stride_ro, stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                )
+                g, g_x = terms(
+                    *(dy, x, more, tile, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+                    *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, DTYPE, VEC),
+                    *(CHANNELS_LAST, BLOCK_N, BLOCK_S),
+                )
+                sum_g += g
+                sum_g_x += g_x
+        sum_g = tl.sum(sum_g, 1).to(tl.float64)
+        sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
+        if MERGERS > 0:
+            counter_ptr = counters_ptr + 1 + group
+            at = member.to(tl.int64) * C + c
+            store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask)
+            group_barrier(counter_ptr, G, member)
+            if MERGERS > 1:
+                merged_ptr = partials_ptr + 2 * G * C
+                if member < MERGERS:
+                    mine = tl.min(c, 0) + member * (BLOCK_C // MERGERS)
+                    mine += tl.arange(0, BLOCK_C // MERGERS)
+                    merged = merge_sums(
+                        *(partials_ptr, G, C, mine, mine < C, BLOCK_G, BLOCK_C // MERGERS)
+                    )
+                    store_sums(merged_ptr, mine, *merged, 1, C, mine < C)
+                group_barrier(counter_ptr, G, member)
+                sum_g = tl.load(merged_ptr + c, c_mask, other=0.0, cache_modifier=".cg")
+                sum_g_x = tl.load(merged_ptr + C + c, c_mask, other=0.0, cache_modifier=".cg")
+            else:
+                sum_g, sum_g_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+        if member == 0:
+            store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
+        if HELD:
+            write(
+                *(dy, x, more, first, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr),
+                *(dresidual_ptr, x_ptr, residual_ptr, bits_ptr, mask_ptr, N, S, stride_dxn),
+                *(stride_dxo, stride_dxi, stride_mn, stride_ms, True, PRE, PRE_GRAD, GRAD),
+                *(INVERSE, LAST, DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+            )
+        else:
+            for tile in range(last - 1, first - 1, -1):
+                dy, x, more = load_inputs(
+                    *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
+                    *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn),
+                    *(stride_ro, stride_ri, LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                )
+                write(
+                    *(dy, x, more, tile, c, c_mask, mean, scale, bias, offset, slope, p, q),
+                    *(dx_ptr, dresidual_ptr, x_ptr, residual_ptr, bits_ptr, mask_ptr, N, S),
+                    *(stride_dxn, stride_dxo, stride_dxi, stride_mn, stride_ms, True, PRE),
+                    *(PRE_GRAD, GRAD, INVERSE, LAST, DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+                )
 
 
 def backward_combine(
@@ -374,6 +641,7 @@ def backward_combine(
     return merged
 
 
+@or_in_two_launches
 def batch_norm_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -412,45 +680,42 @@ def batch_norm_backward(
         dresidual = torch.empty_like(like, dtype=residual_dtype, device=dy.device)
     if not dy.numel():
         return dx, dweight, dbias, dresidual
-    layout, (x, dy, residual), mask = lay_out(axis, like, (x, dy, residual), mask, bits is not None)
-    launch = Launcher.of(layout, dy, plan, bits is not None)
+    reads = 2 if training and wants_x else 0
+    launch, (x, dy, residual), mask = prepare(
+        axis, like, (x, dy, residual), mask, reads, bits is not None, plan
+    )
     act = Activation(activation, p, q)
+    function, gradient = functions(act)
     constants = {
-        "PRE": functions(act)[0] if act_first else None,
-        "PRE_GRAD": functions(act)[1] if act_first and wants_x else None,
-        "GRAD": None if act_first else functions(act)[1],
+        "PRE": function if act_first else None,
+        "PRE_GRAD": gradient if act_first and wants_x else None,
+        "GRAD": None if act_first else gradient,
         "INVERSE": inverse(act) if from_output else None,
     }
-    mean, var, weight, bias = dense(mean, var, weight, bias)
+    mean, var, weight, bias = channels = dense(mean, var, weight, bias)
     numbers = (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q)
+    inputs = (x, dy, residual, bits, mask)
+    order = (0, 1, 2, 3)
+    if launch.plan.tier is not None:
+        tensors = (dx, dresidual, dweight, dbias, *channels, count, *inputs)
+        launch(backward_kernel, tensors, numbers, order, results=2, **constants)
+        return dx, dweight, dbias, dresidual
     partials, grads = None, (dweight, dbias)
     if training or wants_weight or wants_bias or wants_residual:
-        partials = dy.new_empty((2, launch.plan.splits, layout.C), dtype=torch.float64)
-        written = None if training else dx
-        tensors = (mean, var, weight, bias, x, dy, residual, bits, mask)
-        launch(
-            backward_reduce_kernel,
-            *(partials, written, dresidual, *tensors, *numbers),
-            tensors=(0, 1, 2, 3),
-            **constants,
-        )
-        if launch.plan.combine or not (training and wants_x):
+        partials = dy.new_empty((2, launch.plan.splits, mean.numel()), dtype=torch.float64)
+        tensors = (partials, None if training else dx, dresidual, *channels, *inputs)
+        launch(backward_reduce_kernel, tensors, numbers, order, **constants)
+        if launch.plan.combine or not reads:
             if training or wants_weight or wants_bias:
                 partials = backward_combine(partials, dweight, dbias, var, eps)
             grads = (None, None)
     if wants_x and (training or partials is None):
-        order = (0, 1, 2, 3)
         if dresidual is not None and dresidual.dtype == dy.dtype and not act_first:
             # It is what the activation's gradient made of dy, and laid out like dx.
-            dy, residual, bits, order = dresidual, None, None, (0, 1, 0, 3)
+            inputs, order = (x, dresidual, None, None, mask), (0, 1, 0, 3)
             constants["GRAD"] = None
         parts = 1 if partials is None else partials.shape[1]
-        launch(
-            backward_dx_kernel,
-            *(dx, *grads, mean, var, weight, bias, count, partials, x, dy, residual, bits, mask),
-            *(parts, *numbers),
-            tensors=order,
-            BLOCK_G=1 if parts == 1 else MERGE,
-            **constants,
-        )
+        tensors = (dx, *grads, *channels, count, partials, *inputs)
+        constants["BLOCK_G"] = 1 if parts == 1 else MERGE
+        launch(backward_dx_kernel, tensors, (parts, *numbers), order, **constants)
     return dx, dweight, dbias, dresidual

@@ -1,9 +1,14 @@
 """Forward kernels, each followed by its launcher, and the operators made of them.
 
-Training runs `stats`, which leaves one partial result for each split of the reduction, and then
-`normalize`, whose programs merge the partials for themselves; where they are many, `combine` merges
-them once in between. No program waits for another, and all sums are taken in a fixed order.
+Training is one launch, `forward`, where its programs can run at the same time: those that share a
+slab of channels wait for each other between the statistics and the normalization, and what they
+read stays on the chip meanwhile. Elsewhere it is two: `stats` leaves one partial result for each
+split of the reduction, and the programs of `normalize` merge the partials for themselves; where
+they are many, `combine` merges them once in between. All sums are taken in a fixed order.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,25 +17,128 @@ from torch import Tensor
 
 from tribn.activation import Activation
 from tribn.kernels.activation import functions
-from tribn.kernels.host import Launcher, dense, lay_out, prepare
+from tribn.kernels.host import Launcher, dense, or_in_two_launches, prepare
 from tribn.kernels.tile import (
     UNSPECIALIZED,
     affine,
     bit_offsets,
+    channels,
+    group_barrier,
+    load,
     load_or,
     merge_stats,
     offsets,
     pack,
-    program,
     reciprocal,
     reciprocal_std,
     reduced,
     store,
     tile_count,
+    tiles,
     unmasked,
 )
 from tribn.launch import COMBINE_C, MERGE, Plan
 from tribn.reference import accumulator, new_bits, output
+
+
+@triton.jit
+def split_stats(
+    first,
+    last,
+    c,
+    c_mask,
+    p,
+    q,
+    x_ptr,
+    mask_ptr,
+    N,
+    S,
+    stride_xn,
+    stride_xo,
+    stride_xi,
+    stride_mn,
+    stride_ms,
+    PRE: tl.constexpr,
+    HELD: tl.constexpr,
+    EVICTION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Mean, sum of squared deviations and count of PRE(x) in some tiles, float64 [BLOCK_C].
+
+    Sums of x - shift and of its square, the shift being the mean of the first tile, or of the first
+    that the mask does not leave out: with k times as many values in the split as in that tile,
+    cancellation costs at most a factor k + 1 in the variance's rounding error. Also returns x of
+    that tile; with HELD it is the only one.
+    """
+    n, s, exists = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+    if mask_ptr is not None:
+        start = first
+        while (start + 1 < last) & (tl.sum(valid.to(tl.int32), 0) == 0):
+            start += 1
+            n, s, exists = reduced(start, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+    exists = c_mask[:, None] & exists[None, :]
+    strides = (stride_xn, stride_xo, stride_xi)
+    held = load(x_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+    x = held.to(DTYPE)
+    if PRE is not None:
+        x = PRE(x, p, q)
+    share = 1.0 / tl.maximum(tl.sum(valid.to(tl.int32), 0), 1).to(DTYPE)
+    shift = tl.sum(tl.where(valid[None, :], x * share, 0.0), 1)
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+
+    if HELD:
+        total = tl.where(valid[None, :], x - shift[:, None], 0.0)
+        square = total * total
+        if mask_ptr is None:
+            count = tile_count(first, N, S, BLOCK_N, BLOCK_S)
+        else:
+            count = valid.to(tl.int32)
+    else:
+        if mask_ptr is None:
+            count = tl.zeros([], tl.int64)
+        else:
+            count = tl.zeros([BLOCK_N * BLOCK_S], tl.int32)
+        total = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
+        square = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
+        for tile in range(first, last):
+            n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+            exists = c_mask[:, None] & exists[None, :]
+            x = load(x_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST).to(DTYPE)
+            if PRE is not None:
+                x = PRE(x, p, q)
+            deviation = tl.where(valid[None, :], x - shift[:, None], 0.0)
+            if mask_ptr is None:
+                count += tile_count(tile, N, S, BLOCK_N, BLOCK_S)
+            else:
+                count += valid.to(tl.int32)
+            total += deviation
+            square += deviation * deviation
+
+    if mask_ptr is not None:
+        count = tl.sum(count.to(tl.int64), 0)
+    n_g = count.to(tl.float64)
+    total_g = tl.sum(total, 1).to(tl.float64)
+    offset = total_g * reciprocal(n_g)
+    m2 = tl.sum(square, 1).to(tl.float64)
+    m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2)  # infinity stays, and NaN
+    mean = shift.to(tl.float64) + offset
+    return tl.zeros([BLOCK_C], tl.float64) + n_g, mean, tl.where(m2 < 0, 0.0, m2), held
+
+
+@triton.jit
+def store_stats(partials_ptr, at, count, mean, m2, G, C, c_mask):
+    """Partial results of G parts, whose rows are C apart."""
+    tl.store(partials_ptr + at, mean, c_mask)
+    tl.store(partials_ptr + G * C + at, m2, c_mask)
+    tl.store(partials_ptr + 2 * G * C + at, count, c_mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -59,65 +167,22 @@ def stats_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Mean, sum of squared deviations and count of PRE(x) in each split.
+    """Count, mean and sum of squared deviations of PRE(x) in each split.
 
-    Sums of x - shift and of its square, the shift being the mean of the split's first tile, or of
-    the first that the mask does not leave out: with k times as many values in the split as in that
-    tile, cancellation costs at most a factor k + 1 in the variance's rounding error.
     Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
-    c, c_mask, g, first, last = program(
-        pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
-    )
+    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
+    g = pid // blocks
+    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    n, s, exists = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
-    if mask_ptr is not None:
-        while (first + 1 < last) & (tl.sum(valid.to(tl.int32), 0) == 0):
-            first += 1
-            n, s, exists = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-            valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
-    at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-    x = tl.load(x_ptr + at, c_mask[:, None] & exists[None, :], other=0.0).to(DTYPE)
-    if PRE is not None:
-        x = PRE(x, p, q)
-    share = 1.0 / tl.maximum(tl.sum(valid.to(tl.int32), 0), 1).to(DTYPE)
-    shift = tl.sum(tl.where(valid[None, :], x * share, 0.0), 1)
-    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-
-    if mask_ptr is None:
-        count = tl.zeros([], tl.int64)
-    else:
-        count = tl.zeros([BLOCK_N * BLOCK_S], tl.int32)
-    total = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-    square = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-    for tile in range(first, last):
-        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
-        at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-        x = tl.load(x_ptr + at, c_mask[:, None] & exists[None, :], other=0.0).to(DTYPE)
-        if PRE is not None:
-            x = PRE(x, p, q)
-        deviation = tl.where(valid[None, :], x - shift[:, None], 0.0)
-        if mask_ptr is None:
-            count += tile_count(tile, N, S, BLOCK_N, BLOCK_S)
-        else:
-            count += valid.to(tl.int32)
-        total += deviation
-        square += deviation * deviation
-
-    if mask_ptr is not None:
-        count = tl.sum(count.to(tl.int64), 0)
-    n_g = count.to(tl.float64)
-    total_g = tl.sum(total, 1).to(tl.float64)
-    offset = total_g * reciprocal(n_g)
-    m2 = tl.sum(square, 1).to(tl.float64)
-    m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2)  # infinity stays, and NaN
-    at = g * C + c
-    tl.store(partials_ptr + at, shift.to(tl.float64) + offset, c_mask)
-    tl.store(partials_ptr + G * C + at, tl.where(m2 < 0, 0.0, m2), c_mask)
-    tl.store(partials_ptr + 2 * G * C + at, tl.zeros([BLOCK_C], tl.float64) + n_g, c_mask)
+    count, mean, m2, _ = split_stats(
+        *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
+        *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
+        *(BLOCK_N, BLOCK_C, BLOCK_S),
+    )
+    store_stats(partials_ptr, g.to(tl.int64) * C + c, count, mean, m2, G, C, c_mask)
     if num_batches_tracked_ptr is not None:
         if pid == 0:
             tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr) + 1)
@@ -128,16 +193,19 @@ def stats(
     x: Tensor,
     num_batches_tracked: Tensor | None,
     mask: Tensor | None,
-    activation: Activation,
+    function: Any = None,
+    p: float = 0.0,
+    q: float = 0.0,
 ) -> Tensor:
-    """Partial statistics [3, G, C] of activation(x), merged to G = 1 where the splits are many."""
+    """Partial statistics [3, G, C] of function(x), merged to G = 1 where the splits are many."""
     C, G = launch.layout.C, launch.plan.splits
     partials = x.new_empty((3, G, C), dtype=torch.float64)
     launch(
         stats_kernel,
-        *(partials, num_batches_tracked, x, mask, activation.p, activation.q),
-        tensors=(1,),
-        PRE=functions(activation)[0],
+        (partials, num_batches_tracked, x, mask),
+        (p, q),
+        order=(1,),
+        PRE=function,
     )
     return combine(partials) if launch.plan.combine else partials
 
@@ -155,9 +223,7 @@ def combine_kernel(
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     count, mean, m2 = merge_stats(partials_ptr, G, C, c, mask, BLOCK_G, BLOCK_C)
-    tl.store(merged_ptr + c, mean, mask)
-    tl.store(merged_ptr + C + c, m2, mask)
-    tl.store(merged_ptr + 2 * C + c, count, mask)
+    store_stats(merged_ptr, c, count, mean, m2, 1, C, mask)
 
 
 def combine(partials: Tensor) -> Tensor:
@@ -168,6 +234,111 @@ def combine(partials: Tensor) -> Tensor:
     with torch.cuda.device_of(partials):
         combine_kernel[grid](merged, partials, C, G, BLOCK_G=MERGE, BLOCK_C=COMBINE_C)
     return merged
+
+
+@triton.jit
+def store_and_track(
+    count,
+    mean,
+    var,
+    m2,
+    momentum,
+    correction,
+    c,
+    c_mask,
+    running_mean_ptr,
+    running_var_ptr,
+    mean_ptr,
+    var_ptr,
+    mask_ptr,
+    SKIP_NONFINITE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Stores the batch's statistics, and moves the running ones towards them."""
+    store(mean_ptr, c, mean, c_mask)
+    store(var_ptr, c, var, c_mask)
+    if running_mean_ptr is not None:
+        moves = c_mask
+        if mask_ptr is not None:
+            moves = moves & (count > 0)
+        if SKIP_NONFINITE:
+            finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
+            moves = moves & finite
+        running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
+        store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves)
+        if mask_ptr is not None:
+            moves = moves & (count > correction)
+        unbiased = m2 * reciprocal(count - correction)
+        running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
+        store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves)
+
+
+@triton.jit
+def write(
+    x,
+    tile,
+    c,
+    c_mask,
+    mean,
+    scale,
+    bias,
+    p,
+    q,
+    y_ptr,
+    bits_ptr,
+    residual_ptr,
+    mask_ptr,
+    N,
+    C,
+    S,
+    stride_yn,
+    stride_yo,
+    stride_yi,
+    stride_rn,
+    stride_ro,
+    stride_ri,
+    stride_mn,
+    stride_ms,
+    PRE: tl.constexpr,
+    POST: tl.constexpr,
+    GRAD: tl.constexpr,
+    EVICTION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Stores y and bits of a tile of x."""
+    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+    mask = c_mask[:, None] & exists[None, :]
+    x = x.to(DTYPE)
+    if PRE is not None:
+        z = affine(PRE(x, p, q), mean, scale, bias)
+    else:
+        z = affine(x, mean, scale, bias)
+    if residual_ptr is not None:
+        strides = (stride_rn, stride_ro, stride_ri)
+        r = load(residual_ptr, n, c, s, mask, *strides, EVICTION, VEC, CHANNELS_LAST)
+        z += r.to(DTYPE)
+    if POST is not None:
+        y = POST(z, p, q)
+    else:
+        y = z
+    if mask_ptr is not None:
+        y = tl.where(valid[None, :], y, 0.0)
+    at = offsets(n, c, s, stride_yn, stride_yo, stride_yi, VEC, CHANNELS_LAST)
+    tl.store(y_ptr + at, y, mask, eviction_policy=EVICTION)
+    if bits_ptr is not None:
+        if PRE is not None:
+            z = x
+        on = GRAD(tl.full(z.shape, 1.0, DTYPE), z, p, q) == 1.0
+        on = on & c_mask[:, None] & valid[None, :]
+        at, mask = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
+        tl.store(bits_ptr + at, pack(on, CHANNELS_LAST), mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -229,31 +400,20 @@ def normalize_kernel(
     still be in the cache. Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    c, c_mask, g, first, last = program(
-        pid, N, C, S, tiles_per_split, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S
-    )
+    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
+    g = pid // blocks
+    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     if partials_ptr is not None:
         count, mean, m2 = merge_stats(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
         var = m2 * reciprocal(count)
         if g == 0:
-            store(mean_ptr, c, mean, c_mask)
-            store(var_ptr, c, var, c_mask)
-            if running_mean_ptr is not None:
-                if CUMULATIVE:
-                    momentum = reciprocal(tl.load(num_batches_tracked_ptr))
-                moves = c_mask
-                if mask_ptr is not None:
-                    moves = moves & (count > 0)
-                if SKIP_NONFINITE:
-                    finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
-                    moves = moves & finite
-                running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-                store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves)
-                if mask_ptr is not None:
-                    moves = moves & (count > correction)
-                unbiased = m2 * reciprocal(count - correction)
-                running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-                store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves)
+            if CUMULATIVE:
+                momentum = reciprocal(tl.load(num_batches_tracked_ptr))
+            store_and_track(
+                *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
+                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr, SKIP_NONFINITE, DTYPE, BLOCK_C),
+            )
             if count_ptr is not None:
                 if pid == 0:
                     total = tl.max(count, 0).to(tl.int64)
@@ -272,65 +432,186 @@ def normalize_kernel(
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     for tile in range(last - 1, first - 1, -1):
         n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
-        mask = c_mask[:, None] & exists[None, :]
-        at = offsets(n, c, s, stride_xn, stride_xo, stride_xi, VEC, CHANNELS_LAST)
-        x = tl.load(x_ptr + at, mask, other=0.0).to(DTYPE)
-        if PRE is not None:
-            z = affine(PRE(x, p, q), mean, scale, bias)
-        else:
-            z = affine(x, mean, scale, bias)
-        if residual_ptr is not None:
-            at = offsets(n, c, s, stride_rn, stride_ro, stride_ri, VEC, CHANNELS_LAST)
-            z += tl.load(residual_ptr + at, mask, other=0.0).to(DTYPE)
-        if POST is not None:
-            y = POST(z, p, q)
-        else:
-            y = z
-        if mask_ptr is not None:
-            y = tl.where(valid[None, :], y, 0.0)
-        at = offsets(n, c, s, stride_yn, stride_yo, stride_yi, VEC, CHANNELS_LAST)
-        tl.store(y_ptr + at, y, mask)
-        if bits_ptr is not None:
-            if PRE is not None:
-                z = x
-            on = GRAD(tl.full(z.shape, 1.0, DTYPE), z, p, q) == 1.0
-            on = on & c_mask[:, None] & valid[None, :]
-            at, mask = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
-            tl.store(bits_ptr + at, pack(on, CHANNELS_LAST), mask)
+        exists = c_mask[:, None] & exists[None, :]
+        strides = (stride_xn, stride_xo, stride_xi)
+        x = load(x_ptr, n, c, s, exists, *strides, "", VEC, CHANNELS_LAST)
+        write(
+            *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr, mask_ptr),
+            *(N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro, stride_ri),
+            *(stride_mn, stride_ms, PRE, POST, GRAD, "", DTYPE, VEC, CHANNELS_LAST),
+            *(BLOCK_N, BLOCK_C, BLOCK_S),
+        )
 
 
 def normalize(
     launch: Launcher,
-    y: Tensor,
-    bits: Tensor | None,
-    *tensors: Tensor | None,
-    momentum: float | None,
-    correction: int,
-    eps: float,
-    skip_nonfinite: bool,
-    activation: Activation,
-    act_first: bool,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    **constants: Any,
 ) -> None:
     """Writes y and bits; with partials also mean, var, count and, if given, running statistics.
 
-    `tensors` are those of the kernel from running_mean to mask.
+    `tensors` and `numbers` are those of the kernel, but for `parts`.
     """
-    partials = tensors[6]
+    partials = tensors[8]
     parts = 1 if partials is None else partials.shape[1]
-    function, gradient = functions(activation)
     launch(
         normalize_kernel,
-        *(y, bits, *tensors),
-        *(parts, momentum or 0.0, float(correction), eps, activation.p, activation.q),
-        tensors=(0, 1, 2),
-        CUMULATIVE=momentum is None,
-        SKIP_NONFINITE=skip_nonfinite,
-        PRE=function if act_first else None,
-        POST=None if act_first else function,
-        GRAD=None if bits is None else gradient,
+        tensors,
+        (parts, *numbers),
+        order=(0, 1, 2),
         BLOCK_G=1 if parts == 1 else MERGE,
+        **constants,
     )
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def forward_kernel(
+    y_ptr,  # [N, C, S]
+    bits_ptr,  # a bit for every element of y: see tile.py
+    running_mean_ptr,  # [C], updated
+    running_var_ptr,  # [C], updated
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    count_ptr,  # [] int64, with a mask only
+    num_batches_tracked_ptr,  # [], incremented unless the mask leaves nothing
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    x_ptr,  # [N, C, S]
+    residual_ptr,  # [N, C, S]
+    mask_ptr,  # [N, S]: 0 where the input does not count and the output is 0
+    momentum: tl.float64,
+    correction: tl.float64,
+    eps: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    stride_yn: tl.int64,
+    stride_yo: tl.int64,
+    stride_yi,
+    stride_xn: tl.int64,
+    stride_xo: tl.int64,
+    stride_xi,
+    stride_rn: tl.int64,
+    stride_ro: tl.int64,
+    stride_ri,
+    stride_mn,
+    stride_ms,
+    G,
+    tiles_per_split,
+    partials_ptr,  # [3, G + 1, C] float64, scratch
+    counters_ptr,  # [1 + groups] int32: groups that have begun, and a barrier for each
+    CUMULATIVE: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    PRE: tl.constexpr,
+    POST: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    MERGERS: tl.constexpr,
+    HELD: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual), and its statistics.
+
+    Groups of G programs take one slab of BLOCK_C channels after another. Each program visits the
+    tiles of its split of the slab twice, by the eviction policies FIRST and LAST, the second time
+    in reverse; if it is HELD, the one tile stays in registers. Programs wait for those of their
+    group; see `launch.Plan.mergers` for MERGERS, which is 0 for G = 1.
+    Grid: (groups * G,), all at the same time unless G = 1.
+    """
+    groups = tl.num_programs(0) // G
+    group = tl.program_id(0) // G
+    member = tl.program_id(0) % G
+    first, last = tiles(member, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
+    p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
+    if CUMULATIVE:
+        momentum = reciprocal(tl.load(num_batches_tracked_ptr) + 1)
+    for slab in range(group, tl.cdiv(C, BLOCK_C).to(tl.int32), groups):
+        c, c_mask = channels(slab, C, VEC, CHANNELS_LAST, BLOCK_C)
+        count, mean, m2, held = split_stats(
+            *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
+            *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST),
+            *(BLOCK_N, BLOCK_C, BLOCK_S),
+        )
+        if MERGERS > 0:
+            counter_ptr = counters_ptr + 1 + group
+            at = member.to(tl.int64) * C + c
+            store_stats(partials_ptr, at, count, mean, m2, G, C, c_mask)
+            group_barrier(counter_ptr, G, member)
+            if MERGERS > 1:
+                merged_ptr = partials_ptr + 3 * G * C
+                if member < MERGERS:
+                    mine = tl.min(c, 0) + member * (BLOCK_C // MERGERS)
+                    mine += tl.arange(0, BLOCK_C // MERGERS)
+                    merged = merge_stats(
+                        *(partials_ptr, G, C, mine, mine < C, BLOCK_G, BLOCK_C // MERGERS)
+                    )
+                    store_stats(merged_ptr, mine, *merged, 1, C, mine < C)
+                group_barrier(counter_ptr, G, member)
+                count, mean, m2 = merge_stats(merged_ptr, 1, C, c, c_mask, 1, BLOCK_C)
+            else:
+                count, mean, m2 = merge_stats(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+        var = m2 * reciprocal(count)
+        if member == 0:
+            store_and_track(
+                *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
+                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr, SKIP_NONFINITE, DTYPE, BLOCK_C),
+            )
+            if slab == group:
+                total = tl.max(count, 0).to(tl.int64)
+                last_to_read = group == 0
+                if CUMULATIVE:
+                    last_to_read = tl.atomic_add(counters_ptr, 1) == groups - 1
+                    if last_to_read:
+                        tl.store(counters_ptr, 0)
+                if last_to_read:
+                    if count_ptr is not None:
+                        tl.store(count_ptr, total)
+                    if num_batches_tracked_ptr is not None:
+                        counted = tl.load(num_batches_tracked_ptr)
+                        tl.store(num_batches_tracked_ptr, counted + (total > 0).to(tl.int64))
+        mean = mean.to(DTYPE)
+        weight = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
+        bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+        scale = weight * reciprocal_std(var, eps, DTYPE)
+        if HELD:
+            write(
+                *(held, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
+                *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
+                *(stride_ri, stride_mn, stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC),
+                *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+            )
+        else:
+            for tile in range(last - 1, first - 1, -1):
+                n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+                exists = c_mask[:, None] & exists[None, :]
+                strides = (stride_xn, stride_xo, stride_xi)
+                x = load(x_ptr, n, c, s, exists, *strides, LAST, VEC, CHANNELS_LAST)
+                write(
+                    *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
+                    *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
+                    *(stride_ri, stride_mn, stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC),
+                    *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                )
+
+
+def forward(
+    launch: Launcher,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    **constants: Any,
+) -> None:
+    """Writes y, bits, mean, var, count and, if given, running statistics, in one launch."""
+    launch(forward_kernel, tensors, numbers, order=(0, 1, 2), results=3, **constants)
 
 
 def batch_stats(
@@ -340,13 +621,14 @@ def batch_stats(
     if not x.numel():
         mean = x.new_zeros(x.shape[axis], dtype=dtype)
         return mean, torch.zeros_like(mean), torch.zeros((), dtype=torch.int64, device=x.device)
-    layout, (x,), mask = lay_out(axis, torch.empty_like(x, device="meta"), (x,), mask)
-    launch = Launcher.of(layout, x, plan)
-    merged = combine(stats(launch, x, None, mask, Activation()))
+    like = torch.empty_like(x, device="meta")
+    launch, (x,), mask = prepare(axis, like, (x,), mask, 0, plan=plan)
+    merged = combine(stats(launch, x, None, mask))
     mean, m2, count = merged[:, 0]
     return mean.to(dtype), (m2 / count.clamp(min=1)).to(dtype), count[0].to(torch.int64)
 
 
+@or_in_two_launches
 def batch_norm_train(
     x: Tensor,
     weight: Tensor | None,
@@ -372,29 +654,47 @@ def batch_norm_train(
     allocate = x.new_empty if x.numel() else x.new_zeros
     mean, var = (allocate((x.shape[axis],), dtype=accumulator(y.dtype)) for _ in range(2))
     count = None if mask is None else allocate((), dtype=torch.int64)
+    bits = new_bits(y, axis) if save_bits else None
     if not x.numel():
-        return y, mean, var, count, new_bits(y, axis) if save_bits else None
-    launch, (x, residual), mask, bits = prepare(axis, y, (x, residual), mask, save_bits, plan)
-    act = Activation(activation, p, q)
+        return y, mean, var, count, bits
+    launch, (x, residual), mask = prepare(axis, y, (x, residual), mask, 1, save_bits, plan)
     given = (running_mean, running_var, num_batches_tracked)
     running_mean, running_var, num_batches_tracked = states = dense(*given)
-    partials = stats(launch, x, num_batches_tracked, mask, act if act_first else Activation())
-    normalize(
-        *(launch, y, bits, running_mean, running_var, mean, var, count, num_batches_tracked),
-        *(partials, *dense(weight, bias), x, residual, mask),
-        momentum=momentum,
-        correction=correction,
-        eps=eps,
-        skip_nonfinite=skip_nonfinite,
-        activation=act,
-        act_first=act_first,
+    outputs = (y, bits, running_mean, running_var, mean, var, count, num_batches_tracked)
+    inputs = (*dense(weight, bias), x, residual, mask)
+    numbers = (momentum or 0.0, float(correction), eps, p, q)
+    constants = _constants(
+        Activation(activation, p, q), act_first, save_bits, momentum, skip_nonfinite
     )
+    if launch.plan.tier is not None:
+        forward(launch, (*outputs, *inputs), numbers, **constants)
+    else:
+        partials = stats(launch, x, num_batches_tracked, mask, constants["PRE"], p, q)
+        normalize(launch, (*outputs, partials, *inputs), numbers, **constants)
     for state, written in zip(given, states, strict=True):
         if state is not written:
             state.copy_(written)
         elif state is not None:
             torch.autograd.graph.increment_version(state)
     return y, mean, var, count, bits
+
+
+def _constants(
+    activation: Activation,
+    act_first: bool,
+    save_bits: bool,
+    momentum: float | None = 0.0,
+    skip_nonfinite: bool = False,
+) -> dict[str, Any]:
+    """Of the kernels that write y."""
+    function, gradient = functions(activation)
+    return {
+        "CUMULATIVE": momentum is None,
+        "SKIP_NONFINITE": skip_nonfinite,
+        "PRE": function if act_first else None,
+        "POST": None if act_first else function,
+        "GRAD": gradient if save_bits else None,
+    }
 
 
 def batch_norm_eval(
@@ -415,17 +715,14 @@ def batch_norm_eval(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     y = output(x, residual)
-    if not x.numel():
-        return y, new_bits(y, axis) if save_bits else None
-    launch, (x, residual), mask, bits = prepare(axis, y, (x, residual), mask, save_bits, plan)
-    normalize(
-        *(launch, y, bits, None, None, *dense(mean, var), None, None, None, *dense(weight, bias)),
-        *(x, residual, mask),
-        momentum=0.0,
-        correction=0,
-        eps=eps,
-        skip_nonfinite=False,
-        activation=Activation(activation, p, q),
-        act_first=act_first,
-    )
+    bits = new_bits(y, axis) if save_bits else None
+    if x.numel():
+        launch, (x, residual), mask = prepare(axis, y, (x, residual), mask, 0, save_bits, plan)
+        given = (y, bits, None, None, *dense(mean, var), None, None, None)
+        normalize(
+            launch,
+            (*given, *dense(weight, bias), x, residual, mask),
+            (0.0, 0.0, eps, p, q),
+            **_constants(Activation(activation, p, q), act_first, save_bits),
+        )
     return y, bits

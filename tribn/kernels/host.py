@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
-from tribn.launch import Device, Layout, Plan, collapse, make_plan
-from tribn.reference import new_bits
+from tribn.kernels.scratch import scratch
+from tribn.launch import Device, Layout, Plan, collapse, make_plan, single_read_plan
 
-INTERPRETER = Device(sms=2)  # few programs, yet several for each block of channels
+# Few programs, yet several for each block of channels. They run one after another.
+INTERPRETER = Device(2, l2=2**20, registers=2**18, shared=2**16, threads=2048, cooperative=False)
+MOST_LAUNCHERS = 4096  # to keep
 
 
 @cache
 def device_facts(device: torch.device) -> Device:
     if device.type != "cuda":
         return INTERPRETER
-    return Device(sms=torch.cuda.get_device_properties(device).multi_processor_count)
+    of = torch.cuda.get_device_properties(device)
+    return Device(
+        sms=of.multi_processor_count,
+        l2=of.L2_cache_size,
+        registers=4 * of.regs_per_multiprocessor,
+        shared=of.shared_memory_per_multiprocessor,
+        threads=of.max_threads_per_multi_processor,
+        warp=of.warp_size,
+    )
 
 
 def lay_out(
@@ -33,9 +45,8 @@ def lay_out(
 ) -> tuple[Layout, list[Tensor | None], Tensor | None]:
     """Tensors of the shape of `like`, which is dense, seen as (N, C, S) along with it.
 
-    The mask has no channel axis and becomes one of bytes. What no strides can express so is copied
-    into the memory format of `like`; with `rows` also what would cut its runs of neighbouring
-    elements into shorter ones.
+    The mask has no channel axis. What no strides can express so is copied into the memory format of
+    `like`; with `rows` also what would cut its runs of neighbouring elements into shorter ones.
     """
 
     def collapsed() -> Layout | None:
@@ -53,7 +64,7 @@ def lay_out(
         mask = None if mask is None else _copy(mask, like.select(axis, 0))
         layout = collapsed()
         assert layout is not None, "around the channel, dense tensors have two runs of axes at most"
-    return layout, list(inputs), None if mask is None else mask.view(torch.uint8)
+    return layout, list(inputs), mask
 
 
 def _copy(t: Tensor, like: Tensor) -> Tensor:
@@ -61,58 +72,231 @@ def _copy(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def prepare(
-    axis: int,
-    y: Tensor,
-    inputs: Sequence[Tensor | None],
-    mask: Tensor | None,
-    save_bits: bool,
-    plan: Plan | None,
-) -> tuple[Launcher, list[Tensor | None], Tensor | None, Tensor | None]:
-    """A launcher for the inputs of y, these and the mask laid out like it, and room for bits."""
-    layout, inputs, mask = lay_out(axis, y, inputs, mask, save_bits)
-    launch = Launcher.of(layout, y, plan, save_bits)
-    return launch, inputs, mask, new_bits(y, axis) if save_bits else None
-
-
 def dense(*statistics: Tensor | None) -> list[Any]:
     """Tensors of one number per channel with their numbers side by side, copied if they are not."""
     return [None if t is None else t.contiguous() for t in statistics]
 
 
-@dataclass(frozen=True)
-class Launcher:
-    """Launches kernels that visit the same tensors by the same plan."""
+class Refused(RuntimeError):
+    """The driver does not run so many programs at the same time."""
 
-    layout: Layout
+
+class Kept(NamedTuple):
+    """A compiled kernel, and what it is launched with besides tensors and numbers."""
+
+    kernel: Any
     plan: Plan
-    dtype: tl.dtype  # of arithmetic
+    sizes: tuple[int, ...]
+    constants: tuple[Any, ...]
 
-    @classmethod
-    def of(cls, layout: Layout, y: Tensor, plan: Plan | None, bits: bool = False) -> Launcher:
-        """By the usual plan for the dtype and device of y, or of its gradient, if none is given."""
-        plan = plan or make_plan(layout, y.element_size(), device_facts(y.device), bits)
-        return cls(layout, plan, tl.float64 if y.dtype == torch.float64 else tl.float32)
 
-    def __call__(self, kernel: Any, *args: Any, tensors: tuple[int, ...], **constants: Any) -> None:
-        """Appends to `args` what every kernel takes: sizes, strides, splits, tile.
+class Launcher:
+    """Launches kernels that visit the same tensors, of which it keeps the compiled ones.
 
-        The strides are those of the layout's `tensors`, and the mask's.
+    `reads` of the tensors are to be visited twice and read once, for which the programs wait for
+    each other; 0 is for kernels whose programs do not. With `bits` every element has one.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        like: Tensor,
+        device: torch.device,
+        reads: int,
+        bits: bool = False,
+        plan: Plan | None = None,
+    ) -> None:
+        self.layout, self.device = layout, device
+        self.dtype = tl.float64 if like.dtype == torch.float64 else tl.float32
+        self.facts = device_facts(device)
+        self.facts = replace(self.facts, sms=max(self.facts.sms - _sm_margin, 1))
+        self.plans = [plan] if plan else self._plans(like.element_size(), reads, bits)
+        self.plan = self.plans[0]
+        self.kept: dict[tuple[Any, ...], Kept] = {}
+
+    def _plans(self, itemsize: int, reads: int, bits: bool) -> list[Plan]:
+        """The plans to try: they differ in how many programs a multiprocessor has to hold."""
+        if reads and self.device not in _refused:
+            plans = [
+                single_read_plan(self.layout, itemsize, self.facts, reads, bits, programs)
+                for programs in (4, 3, 2, 1)
+            ]
+            if self.facts.cooperative or not any(plan.waits for plan in plans):
+                return plans
+        return [make_plan(self.layout, itemsize, self.facts, bits)]
+
+    def __call__(
+        self,
+        kernel: Any,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        order: tuple[int, ...],
+        results: int = 0,
+        **constants: Any,
+    ) -> None:
+        """Launches it with what every kernel takes besides: sizes, strides, splits, tile.
+
+        The strides are those of the layout's tensors in `order`, and the mask's. Programs that wait
+        for each other have so many `results` for each channel.
         """
-        layout, plan = self.layout, self.plan
-        with torch.cuda.device_of(args[0]):
-            kernel[plan.grid](
-                *args,
-                *(layout.N, layout.C, layout.S),
-                *plan.strides(layout, tensors),
-                *layout.mask,
-                *(plan.splits, plan.tiles_per_split),
-                DTYPE=self.dtype,
-                VEC=plan.vec,
-                CHANNELS_LAST=plan.channels_last,
-                BLOCK_N=plan.block_n,
-                BLOCK_C=plan.block_c,
-                BLOCK_S=plan.block_s,
-                num_warps=plan.num_warps,
-                **constants,
+        key: tuple[Any, ...] = (kernel, order, *constants.values())
+        key += tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        with torch.cuda.device_of(tensors[0]):
+            kept = self.kept.get(key)
+            if kept is None:
+                kept = self._keep(kernel, tensors, numbers, order, constants)
+                self.kept[key] = kept
+            plan, room = kept.plan, ()
+            if plan.tier is not None:
+                doubles = results * (plan.splits + 1) * self.layout.C if plan.waits else 0
+                room = scratch(self.device, doubles, 1 + plan.groups)
+            start(kept, (*tensors, *numbers, *kept.sizes, *room, *kept.constants))
+
+    def _keep(
+        self,
+        kernel: Any,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        order: tuple[int, ...],
+        constants: dict[str, Any],
+    ) -> Kept:
+        """The kernel, compiled for the plan with the most programs that fit the device."""
+        for plan in self.plans:
+            constants |= self._constants(plan)
+            kept = Kept(
+                kernel,
+                plan,
+                (
+                    *(self.layout.N, self.layout.C, self.layout.S),
+                    *plan.strides(self.layout, order),
+                    *self.layout.mask,
+                    *(plan.splits, plan.tiles_per_split),
+                ),
+                tuple(constants[name] for name in kernel.arg_names if name in constants),
             )
+            if knobs.runtime.interpret:
+                break
+            room = (torch.float64, torch.int32) if plan.tier is not None else ()
+            compiled = compile(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
+            kept = kept._replace(kernel=compiled)
+            programs = self.facts.programs_per_sm(plan.num_warps, *needs(compiled)[::2])
+            if plan.grid[0] <= programs * self.facts.sms:
+                break
+        return kept
+
+    def _constants(self, plan: Plan) -> dict[str, Any]:
+        constants: dict[str, Any] = {
+            "DTYPE": self.dtype,
+            "VEC": plan.vec,
+            "CHANNELS_LAST": plan.channels_last,
+            "BLOCK_N": plan.block_n,
+            "BLOCK_C": plan.block_c,
+            "BLOCK_S": plan.block_s,
+        }
+        if plan.tier is not None:
+            constants["BLOCK_G"] = plan.block_g(plan.mergers)
+            constants["MERGERS"] = plan.mergers
+            constants["HELD"] = plan.tier == "registers"
+            constants["FIRST"], constants["LAST"] = plan.policies
+        return constants
+
+
+def compile(kernel: Any, kept: Kept, args: Sequence[Any], facts: Device) -> Any:
+    """Compiles a kernel, in the registers that two programs leave each other if it needs no more.
+
+    Left alone the compiler takes more than it needs.
+    """
+    plan = kept.plan
+    options: dict[str, Any] = {"num_warps": plan.num_warps}
+    if plan.tier is not None:
+        options["launch_cooperative_grid"] = plan.waits
+
+    def compiled(**more: Any) -> Any:
+        return kernel.warmup(*args, *kept.constants, grid=plan.grid, **options, **more)
+
+    half = facts.registers // 4 // (2 * 32 * plan.num_warps)
+    if (
+        plan.tier is not None
+        and half < 255
+        and driver.active.get_current_target().backend == "cuda"
+    ):
+        tight = compiled(maxnreg=half)
+        if not needs(tight)[1]:
+            return tight
+    return compiled()
+
+
+def needs(compiled: Any) -> tuple[int, int, int]:
+    """Registers a thread, those of them that are spilled, and bytes of shared memory."""
+    compiled._init_handles()
+    return compiled.n_regs, compiled.n_spills, compiled.metadata.shared
+
+
+def start(kept: Kept, args: Sequence[Any]) -> None:
+    kernel, plan = kept.kernel, kept.plan
+    if knobs.runtime.interpret:
+        kernel[plan.grid](*args, launch_cooperative_grid=plan.waits)
+        return
+    try:
+        kernel[plan.grid](*args)
+    except RuntimeError as error:
+        if "cooperative" in str(error):
+            raise Refused from error
+        raise
+
+
+_launchers: dict[tuple[Any, ...], Launcher] = {}
+_refused: set[torch.device] = set()  # devices that do not run programs at the same time
+_sm_margin = 0
+
+
+def set_sm_margin(sms: int) -> None:
+    global _sm_margin
+    _sm_margin = sms
+    _launchers.clear()
+
+
+def prepare(
+    axis: int,
+    like: Tensor,
+    inputs: Sequence[Tensor | None],
+    mask: Tensor | None,
+    reads: int,
+    bits: bool = False,
+    plan: Plan | None = None,
+) -> tuple[Launcher, Sequence[Tensor | None], Tensor | None]:
+    """A launcher for tensors of the shape of `like`, and these laid out like it.
+
+    The mask becomes one of bytes. `like` may be without memory, on the meta device.
+    """
+    device = next(t.device for t in inputs if t is not None)
+    key = (axis, like.shape, like.stride(), like.dtype, device, reads, bits, plan)
+    key += tuple([None if t is None else t.stride() for t in (*inputs, mask)])
+    launch = _launchers.get(key)
+    if launch is None:
+        layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits)
+        launch = Launcher(layout, like, device, reads, bits, plan)
+        if all(a is b for a, b in zip(inputs, laid_out, strict=True)):
+            if len(_launchers) >= MOST_LAUNCHERS:
+                _launchers.clear()
+            _launchers[key] = launch
+        inputs, mask = laid_out, mask_laid_out
+    return launch, inputs, None if mask is None else mask.view(torch.uint8)
+
+
+def or_in_two_launches(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that does without single launches on a device that turns out to refuse them."""
+
+    @wraps(op)
+    def run(*args: Any) -> Any:
+        try:
+            return op(*args)
+        except Refused:
+            device = args[0].device
+            if device in _refused:
+                raise
+            _refused.add(device)
+            _launchers.clear()
+            return op(*args)
+
+    return run

@@ -17,28 +17,21 @@ UNSPECIALIZED = [
 
 
 @triton.jit
-def program(
-    pid,
-    N,
-    C,
-    S,
-    tiles_per_split,
-    VEC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """What a program works on: its channels, int64 [BLOCK_C], which of them exist, its split, and
-    the first and last (excluded) of its tiles."""
-    channel_blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)  # 64-bit divisions are calls, and slow
-    c = (pid % channel_blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+def channels(block, C, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels of a block, int64 [BLOCK_C], and which of them exist."""
+    c = tl.cast(block, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     if CHANNELS_LAST:
         C = C // VEC * VEC
-    g = pid // channel_blocks
-    tiles = tl.cdiv(N, BLOCK_N).to(tl.int32) * tl.cdiv(S, BLOCK_S).to(tl.int32)
+    return c, c < C
+
+
+@triton.jit
+def tiles(g, N, S, tiles_per_split, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The first and last (excluded) tiles of a split."""
+    # 64-bit divisions are calls, and slow
+    count = tl.cdiv(N, BLOCK_N).to(tl.int32) * tl.cdiv(S, BLOCK_S).to(tl.int32)
     first = g * tiles_per_split
-    return c, c < C, g.to(tl.int64), first, tl.minimum(first + tiles_per_split, tiles)
+    return first, tl.minimum(first + tiles_per_split, count)
 
 
 @triton.jit
@@ -78,6 +71,25 @@ def offsets(n, c, s, stride_n, stride_o, stride_i, VEC: tl.constexpr, CHANNELS_L
     if CHANNELS_LAST:
         return (n * stride_n + s * stride_o) * VEC + c * stride_i
     return (n * stride_n + c * stride_o) * VEC + s * stride_i
+
+
+@triton.jit
+def load(
+    ptr,
+    n,
+    c,
+    s,
+    exists,
+    stride_n,
+    stride_o,
+    stride_i,
+    EVICTION: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """A tile, 0 where nothing exists, by an eviction policy, which may be empty."""
+    at = offsets(n, c, s, stride_n, stride_o, stride_i, VEC, CHANNELS_LAST)
+    return tl.load(ptr + at, exists, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -185,8 +197,8 @@ def merge_stats(
         g = start + tl.arange(0, BLOCK_G)
         at = g[:, None] * C + c[None, :]
         mask = (g < G)[:, None] & c_mask[None, :]
-        mean_g = tl.load(partials_ptr + at, mask, other=0.0)
-        count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0)
+        mean_g = tl.load(partials_ptr + at, mask, other=0.0, cache_modifier=".cg")
+        count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0, cache_modifier=".cg")
         count += tl.sum(count_g, 0)
         total += tl.sum(count_g * mean_g, 0)
     mean = total * reciprocal(count)
@@ -194,9 +206,9 @@ def merge_stats(
         g = start + tl.arange(0, BLOCK_G)
         at = g[:, None] * C + c[None, :]
         mask = (g < G)[:, None] & c_mask[None, :]
-        mean_g = tl.load(partials_ptr + at, mask, other=0.0)
-        m2_g = tl.load(partials_ptr + G * C + at, mask, other=0.0)
-        count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0)
+        mean_g = tl.load(partials_ptr + at, mask, other=0.0, cache_modifier=".cg")
+        m2_g = tl.load(partials_ptr + G * C + at, mask, other=0.0, cache_modifier=".cg")
+        count_g = tl.load(partials_ptr + 2 * G * C + at, mask, other=0.0, cache_modifier=".cg")
         deviation = mean_g - mean[None, :]
         m2 += tl.sum(m2_g + count_g * deviation * deviation, 0)
     return count, mean, m2
@@ -219,8 +231,10 @@ def merge_sums(
         g = start + tl.arange(0, BLOCK_G)
         at = g[:, None] * C + c[None, :]
         mask = (g < G)[:, None] & c_mask[None, :]
-        first += tl.sum(tl.load(partials_ptr + at, mask, other=0.0), 0)
-        second += tl.sum(tl.load(partials_ptr + G * C + at, mask, other=0.0), 0)
+        first_g = tl.load(partials_ptr + at, mask, other=0.0, cache_modifier=".cg")
+        second_g = tl.load(partials_ptr + G * C + at, mask, other=0.0, cache_modifier=".cg")
+        first += tl.sum(first_g, 0)
+        second += tl.sum(second_g, 0)
     return first, second
 
 
@@ -251,12 +265,12 @@ def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def store(ptr, at, value, mask):
+def store(ptr, at, value, mask, EVICTION: tl.constexpr = ""):
     """Stores numbers that may be float64 and become half precision only by way of float32."""
     if ptr.dtype.element_ty == tl.float64:
-        tl.store(ptr + at, value, mask)
+        tl.store(ptr + at, value, mask, eviction_policy=EVICTION)
     else:
-        tl.store(ptr + at, value.to(tl.float32), mask)
+        tl.store(ptr + at, value.to(tl.float32), mask, eviction_policy=EVICTION)
 
 
 @triton.jit
