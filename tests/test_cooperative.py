@@ -18,6 +18,8 @@ import triton.language as tl
 from cooperative import concurrently
 from triton.runtime.errors import InterpreterError
 
+from perf.counting import counting
+
 
 @triton.jit
 def where_kernel(out_ptr):
@@ -101,4 +103,17 @@ def test_shared_memory_is_freed():
         x, y = torch.arange(2), torch.full((2,), -1)
         move_kernel[(2,)](y, x, 1, 1, nothing, launch_cooperative_grid=True)
     assert torch.equal(x, y)
-    assert regions() == before
+    assert regions() <= before
+
+
+@pytest.mark.parametrize("order", [(concurrently, counting), (counting, concurrently)])
+def test_accesses_of_all_programs_are_counted(order):
+    """All of them read the first element of x."""
+    x, y = torch.ones(3), torch.zeros(8)
+    with order[0]() as first, order[1]() as second:
+        move_kernel[(8,)](y, x, 1, 0, nothing, launch_cooperative_grid=True)
+    assert torch.equal(y, torch.ones(8))
+    (launch,) = first or second
+    assert launch.kernel == "move"
+    assert (launch.tensors["x"].read, launch.tensors["x"].loaded) == (4, 8 * 4)
+    assert (launch.tensors["y"].loaded, launch.tensors["y"].written) == (0, 8 * 4)
