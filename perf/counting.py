@@ -5,10 +5,12 @@
     launches[0].tensors["x"].read  # bytes of x that the first kernel read, each once
 
 Addresses tell which of the launch's tensors an access belongs to. Masked elements are not accessed.
+Programs that are processes, forked from this one, count together.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,21 @@ from unittest import mock
 
 import numpy as np
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton._C.libtriton import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+def counts(n: int) -> np.ndarray:
+    """Zeros that forked processes share."""
+    return np.frombuffer(mmap.mmap(-1, 8 * n), dtype=np.int64)
+
+
+def increment(counts: np.ndarray, at: np.ndarray) -> None:
+    """Adds 1 at every position, as often as it is named, and misses none of another process."""
+    addresses = (counts.ctypes.data + 8 * at).astype(np.uint64)
+    ones, everywhere = np.ones_like(at), np.ones(at.shape, dtype=bool)
+    order = interpreter.MEM_SEMANTIC.RELAXED
+    interpreter.atomic_rmw(interpreter.RMW_OP.ADD, addresses, ones, everywhere, order)
 
 
 class Accesses:
@@ -26,7 +42,7 @@ class Accesses:
         self.start, self.itemsize = tensor.data_ptr(), tensor.itemsize
         # From the first element to the last, whatever lies between them.
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        self.loads, self.stores = (np.zeros(last + 1, dtype=np.int64) for _ in range(2))
+        self.loads, self.stores = (counts(last + 1) for _ in range(2))
 
     @property
     def read(self) -> int:
@@ -66,8 +82,8 @@ class Launch:
 def counting() -> Iterator[list[Launch]]:
     """Appends to the list it gives what every kernel launched inside accesses."""
     launches: list[Launch] = []
-    run, load, store = (
-        InterpretedFunction.run,
+    arguments, load, store = (
+        GridExecutor._init_args_hst,
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
     )
@@ -76,12 +92,14 @@ def counting() -> Iterator[list[Launch]]:
         addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
         if addresses.size:
             tensor, at = launches[-1].elements(addresses)
-            np.add.at(getattr(tensor, which), at, 1)
+            increment(getattr(tensor, which), at)
 
-    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append(Launch(self.fn.__name__.removesuffix("_kernel"), arguments))
-        return run(self, *args, **kwargs)
+    # The tensors as the programs are given them, which may be copies.
+    def counted_arguments(self: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = arguments(self, args, kwargs)
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launches.append(Launch(self.fn.__name__.removesuffix("_kernel"), named))
+        return args, kwargs
 
     # What loads and stores without a mask comes here as well, with a mask that is all true.
     def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -93,7 +111,7 @@ def counting() -> Iterator[list[Launch]]:
         return store(self, pointers, value, mask, *rest)
 
     with (
-        mock.patch.object(InterpretedFunction, "run", counted_run),
+        mock.patch.object(GridExecutor, "_init_args_hst", counted_arguments),
         mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
     ):
