@@ -14,11 +14,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +38,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
-from perf.devices import GPUS
 from perf.report import RESULTS, Report, directory, environment, write
 from tribn import kernels, ops
 from tribn.functional import batch_norm
@@ -84,8 +83,8 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), GPUS["A100"].sms, GPUS["A100"].l2, shared=164 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), GPUS["H100"].sms, GPUS["H100"].l2, shared=228 * 1024),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), sms=108, l2=40 * 2**20, shared=164 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), sms=132, l2=50 * 2**20, shared=228 * 1024),
     "sm_100": Target(GPUTarget("cuda", 100, 32), sms=148, l2=126 * 2**20, shared=228 * 1024),
     "gfx942": Target(
         GPUTarget("hip", "gfx942", 64),
@@ -116,15 +115,22 @@ class Resources:
 
 @contextmanager
 def absent(target: str) -> Iterator[None]:
-    """Launchers and compiler see the target."""
+    """Launchers and compiler see the target, which launches nothing."""
     wanted = TARGETS[target]
     device = mock.Mock()
     device.get_current_target.return_value = wanted.gpu
     device.get_current_device.return_value = target  # the key of Triton's cache of kernels
     device.get_current_stream.return_value = 0
+
+    def needs(compiled: Any) -> tuple[int, int, int]:
+        found = resources(compiled)
+        return found.registers, found.spills, found.shared
+
     with (
         mock.patch.object(driver, "_active", device),
         mock.patch.object(host, "device_facts", return_value=wanted.facts),
+        mock.patch.object(host, "needs", needs),
+        mock.patch.dict(host._launchers, clear=True),
     ):
         yield
 
@@ -138,10 +144,17 @@ def compiling(target: str) -> Iterator[list[Any]]:
     compiled: list[Any] = []
     run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(run(self, *args, warmup=True, **kwargs))
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, warmup=True, **kwargs)
+        if not warmup:
+            compiled.append(kernel)
+        return kernel
 
-    with absent(target), mock.patch.object(JITFunction, "run", compile_only):
+    with (
+        absent(target),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(host, "start", lambda kept, args: compiled.append(kept.kernel)),
+    ):
         yield compiled
 
 
@@ -155,52 +168,41 @@ class Variant(NamedTuple):
     warps: int
 
     @classmethod
-    def of(cls, target: str, kernel: Any, args: Any, kwargs: Any) -> Variant:
+    def of(cls, target: str, compiled: Any) -> Variant:
         """By what Triton's own cache of kernels goes by."""
-        *_, backend, binder = kernel.device_caches[driver.active.get_current_device()]
-        arguments, specialization, options = binder(*args, **kwargs)
+        source, about = compiled.src, compiled.metadata
         tensors: dict[str, list[str]] = {}
         constants: dict[str, Any] = {}
-        for (name, value), (kind, special) in zip(arguments.items(), specialization, strict=True):
+        for at, (name, kind) in enumerate(source.signature.items()):
+            value = source.constants.get((at,))
             if kind.startswith("*"):
                 tensors.setdefault(kind[1:], []).append(name.removesuffix("_ptr"))
-            elif kind != "constexpr":
-                constants |= {name: "multiple of 16"} if special else {}
             elif value is not None:
                 constants[name] = getattr(value, "__name__", value)
+            elif (at,) in source.attrs:
+                constants[name] = "multiple of 16"
+        constants["waits"] = about.launch_cooperative_grid
         return cls(
             target,
-            kernel.__name__.removesuffix("_kernel"),
+            about.name.removesuffix("_kernel"),
             ", ".join(f"{kind} {' '.join(names)}" for kind, names in tensors.items()),
             ", ".join(f"{name} {value}" for name, value in constants.items()),
-            backend.parse_options(options).num_warps,
+            about.num_warps,
         )
 
 
-class Launch(NamedTuple):
-    compile: Callable[[], Any]
-    example: str
-
-
-def variants(target: str, chosen: Iterable[Layer]) -> dict[Variant, Launch]:
-    """What these layers launch, each distinct kernel once, with the first launch of it."""
-    found: dict[Variant, Launch] = {}
-    run = JITFunction.run
-
-    def collect(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launch = Launch(partial(run, self, *args, grid=grid, warmup=True, **kwargs), example)
-        found.setdefault(Variant.of(target, self, args, kwargs), launch)
-
-    with absent(target), mock.patch.object(JITFunction, "run", collect):
-        for layer, layout, dtype in product(chosen, LAYOUTS, DTYPES):
-            example = f"{layer} {layer.op} {dtype} {layout}"
-            stride = strides(layer.shape, layout)
-            x = torch.empty_strided(layer.shape, stride, dtype=DTYPES[dtype], device="meta")
+def launched(target: str, layer: Layer) -> dict[Variant, tuple[Any, str]]:
+    """What a layer launches, compiled, each distinct kernel with an example of what it is for."""
+    found: dict[Variant, tuple[Any, str]] = {}
+    for layout, dtype in product(LAYOUTS, DTYPES):
+        stride = strides(layer.shape, layout)
+        x = torch.empty_strided(layer.shape, stride, dtype=DTYPES[dtype], device="meta")
+        with compiling(target) as kernels:
             train_and_evaluate(x, layer)
+        for kernel in kernels:
+            example = f"{layer} {layer.op} {dtype} {layout}"
+            found.setdefault(Variant.of(target, kernel), (kernel, example))
     return found
-
-
-cached_variants = cache(variants)
 
 
 def train_and_evaluate(x: Tensor, layer: Layer) -> None:
@@ -293,11 +295,13 @@ def round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def row(chosen: tuple[Layer, ...], variant: Variant) -> Row:
-    """Compiles a variant, which any process finds again among its layers, and tells its needs."""
-    launch = cached_variants(variant.target, chosen)[variant]
-    with absent(variant.target):
-        needs = resources(launch.compile())
+def rows_of(target: str, layer: Layer) -> list[Row]:
+    """What each kernel of a layer needs."""
+    return [row(variant, *of) for variant, of in launched(target, layer).items()]
+
+
+def row(variant: Variant, kernel: Any, example: str) -> Row:
+    needs = resources(kernel)
     ctas = ctas_per_sm(variant.target, needs)
     return {
         **variant._asdict(),
@@ -308,7 +312,7 @@ def row(chosen: tuple[Layer, ...], variant: Variant) -> Row:
         "stores": widths(needs.stores),
         "ctas_per_sm": ctas,
         "warps_per_sm": ctas * needs.warps,
-        "example": launch.example,
+        "example": example,
     }
 
 
@@ -387,15 +391,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def compile_all(chosen: tuple[Layer, ...], targets: Iterable[str]) -> list[Row]:
+def compile_all(chosen: Sequence[Layer], targets: Sequence[str]) -> list[Row]:
     """A row for each variant, in as many processes as there are processors."""
-    found = [variant for target in targets for variant in variants(target, chosen)]
+    found: dict[Variant, Row] = {}
+    tasks = list(product(targets, chosen))
     with (
         Progress() as progress,
         ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool,
     ):
-        rows = pool.map(partial(row, chosen), found, chunksize=4)
-        return list(progress.track(rows, total=len(found), description="compile"))
+        of_layers = pool.map(rows_of, *zip(*tasks, strict=True))
+        for rows in progress.track(of_layers, total=len(tasks), description="compile"):
+            for of in rows:
+                found.setdefault(key(of), of)
+    return list(found.values())
 
 
 def last_saved(path: Path, rows: Sequence[Row], part: bool) -> list[Row]:

@@ -202,9 +202,10 @@ class Launcher:
 
 
 def compile(kernel: Any, kept: Kept, args: Sequence[Any], facts: Device) -> Any:
-    """Compiles a kernel, in the registers that two programs leave each other if it needs no more.
+    """Compiles a kernel.
 
-    Left alone the compiler takes more than it needs.
+    Left alone the compiler takes more registers than it needs, and for programs that stay on the
+    device these are loads in flight: as many programs as fit without spilling.
     """
     plan = kept.plan
     options: dict[str, Any] = {"num_warps": plan.num_warps}
@@ -214,15 +215,13 @@ def compile(kernel: Any, kept: Kept, args: Sequence[Any], facts: Device) -> Any:
     def compiled(**more: Any) -> Any:
         return kernel.warmup(*args, *kept.constants, grid=plan.grid, **options, **more)
 
-    half = facts.registers // 4 // (2 * 32 * plan.num_warps)
-    if (
-        plan.tier is not None
-        and half < 255
-        and driver.active.get_current_target().backend == "cuda"
-    ):
-        tight = compiled(maxnreg=half)
-        if not needs(tight)[1]:
-            return tight
+    if plan.tier is not None and driver.active.get_current_target().backend == "cuda":
+        for programs in (3, 2):
+            most = facts.registers // (4 * programs * facts.warp * plan.num_warps) // 8 * 8
+            if most < 255:
+                tight = compiled(maxnreg=most)
+                if not needs(tight)[1]:
+                    return tight
     return compiled()
 
 
