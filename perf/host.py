@@ -4,8 +4,8 @@
     functional  tribn.functional.batch_norm: checks of the arguments
     autograd    torch.autograd.Function; backward, the engine that calls it
     op          PyTorch's dispatcher
-    launch      Triton: binding of the arguments, and the launches themselves
-    launcher    tribn.kernels: plan, memory and arguments of the launches
+    launch      Triton: the launch of a compiled kernel
+    launcher    tribn.kernels: plan, memory and arguments of the launch
 
 `total` is a call of that layer, `own` what it takes more than the layer below it. Samples are many
 calls in a row without synchronization, on a tensor so small that the host is slower than the GPU.
@@ -33,9 +33,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from triton.runtime.jit import JITFunction
 
 import tribn
+from perf.codegen import absent
 from perf.networks import norm_of
 from perf.report import RESULTS, Report, count, device, device_name, directory, environment, write
 from tribn import functional, kernels, ops
@@ -66,21 +66,22 @@ Call = Callable[[], Any]
 Key = tuple[str, str, str, str]  # op, direction, provider, layer
 
 
-def nothing(*args: Any, **kwargs: Any) -> None:
+def nothing(kept: Any, args: Any) -> None:
     """A mock would take its time."""
 
 
 @contextmanager
 def no_launches() -> Iterator[None]:
     """Triton launches nothing."""
-    with mock.patch.object(JITFunction, "run", nothing):
+    with mock.patch.object(kernels.host, "start", nothing):
         yield
 
 
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
-    """Tensors of a CPU run tribn's kernels, without their launches."""
-    with torch.library._scoped_library("tribn", "IMPL") as library, no_launches():
+    """Tensors of a CPU run tribn's kernels for an absent GPU, without their launches."""
+    library = torch.library._scoped_library("tribn", "IMPL")
+    with library as library, absent("sm_90"), no_launches():
         with warnings.catch_warnings():  # of an override, which is what is wanted
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in kernels.__all__:

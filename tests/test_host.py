@@ -11,11 +11,10 @@ runs_no_kernel()
 pytest.importorskip("rich")
 pytest.importorskip("triton")
 
-from triton.runtime.jit import JITFunction
-
 import tribn
 from perf import host
 from perf.__main__ import main
+from perf.codegen import absent
 from tribn import kernels
 
 FORWARD = ["module", "functional", "autograd", "op", "launch", "launcher"]
@@ -26,9 +25,7 @@ BACKWARD = ["autograd", "op", "launch", "launcher"]
 def launched(monkeypatch):
     """Names of the kernels that would have been launched."""
     names = []
-    monkeypatch.setattr(
-        host, "nothing", lambda kernel, *args, **kwargs: names.append(kernel.fn.__name__)
-    )
+    monkeypatch.setattr(host, "nothing", lambda kept, args: names.append(kept.kernel.name))
     return names
 
 
@@ -74,18 +71,15 @@ def test_report_of_a_gpu(tmp_path):
 
 def test_cpu_tensors_run_the_launchers_and_afterwards_the_reference_again(launched):
     x = torch.randn(host.SHAPE, requires_grad=True)
-    run = JITFunction.run
+    start = kernels.host.start
     module = tribn.BatchNorm2d(4)
     with host.kernels_on_cpu():
         module(x).sum().backward()
-    assert launched == [
-        *("stats_kernel", "normalize_kernel"),
-        *("backward_reduce_kernel", "backward_dx_kernel"),
-    ]
-    assert JITFunction.run is run
+    assert launched == ["forward_kernel", "backward_kernel"]
+    assert kernels.host.start is start
     expected = torch.nn.functional.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(module(x), expected)
-    assert len(launched) == 4
+    assert len(launched) == 2
 
 
 @pytest.mark.parametrize("op", ["bn", "bn_relu"])
@@ -98,20 +92,22 @@ def test_every_layer_launches_what_the_outermost_does(op, launched):
             with host.within(key[-1]):
                 call()
             kernels[key] = list(launched)
-    for direction, first in (("forward", "stats_kernel"), ("backward", "backward_reduce_kernel")):
+    for direction, first in (("forward", "forward_kernel"), ("backward", "backward_kernel")):
         of_layers = [names for key, names in kernels.items() if key[1] == direction]
         assert of_layers[0][0] == first
         assert all(names == of_layers[0] for names in of_layers)
 
 
 def test_launcher_leaves_the_launches_out(monkeypatch):
-    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: pytest.fail("launched"))
-    x = torch.randn(host.SHAPE)
-    with host.within("launcher"):
-        kernels.batch_stats(x, None, 1)
-        assert not torch.is_grad_enabled()
-    with host.within("launch"), pytest.raises(pytest.fail.Exception, match="launched"):
-        kernels.batch_stats(x, None, 1)
+    monkeypatch.setattr(kernels.host, "start", lambda *args: pytest.fail("launched"))
+    x, plain = torch.randn(host.SHAPE), (None, 0.0, 0.0, False, False)
+    args = (*(x, x.new_zeros(4), x.new_ones(4)), *(None,) * 4, 1e-5, 1, *plain)
+    with absent("sm_90"):
+        with host.within("launcher"):
+            kernels.batch_norm_eval(*args)
+            assert not torch.is_grad_enabled()
+        with host.within("launch"), pytest.raises(pytest.fail.Exception, match="launched"):
+            kernels.batch_norm_eval(*args)
     with host.within("module"):
         assert torch.is_grad_enabled()
 

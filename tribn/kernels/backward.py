@@ -6,6 +6,8 @@ and the programs of `backward_dx` merge the partials for themselves; where they 
 else wants them, `backward_combine` merges them once.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from tribn.activation import Activation
 from tribn.kernels.activation import functions, inverse
-from tribn.kernels.host import dense, or_in_two_launches, prepare
+from tribn.kernels.host import Constants, dense, or_in_two_launches, prepare
 from tribn.kernels.tile import (
+    PER_CHANNEL,
     UNSPECIALIZED,
     affine,
     bit_offsets,
@@ -196,7 +199,7 @@ def store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask):
     tl.store(partials_ptr + G * C + at, sum_g_x, c_mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def backward_reduce_kernel(
     partials_ptr,  # [2, G, C] float64: sums of g and of g * (PRE(x) - mean)
     dx_ptr,  # [N, C, S], in evaluation only
@@ -289,7 +292,7 @@ def backward_reduce_kernel(
     store_sums(partials_ptr, at, tl.sum(sum_g, 1), tl.sum(sum_g_x, 1), G, C, c_mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def backward_combine_kernel(
     merged_ptr,  # [2, 1, C] float64
     dweight_ptr,  # [C]
@@ -393,7 +396,7 @@ def write(
         store(dx_ptr, at, dx, mask, EVICTION)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def backward_dx_kernel(
     dx_ptr,  # [N, C, S]
     dweight_ptr,  # [C]
@@ -480,7 +483,7 @@ def backward_dx_kernel(
         )
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def backward_kernel(
     dx_ptr,  # [N, C, S]
     dresidual_ptr,  # [N, C, S]
@@ -684,27 +687,20 @@ def batch_norm_backward(
     launch, (x, dy, residual), mask = prepare(
         axis, like, (x, dy, residual), mask, reads, bits is not None, plan
     )
-    act = Activation(activation, p, q)
-    function, gradient = functions(act)
-    constants = {
-        "PRE": function if act_first else None,
-        "PRE_GRAD": gradient if act_first and wants_x else None,
-        "GRAD": None if act_first else gradient,
-        "INVERSE": inverse(act) if from_output else None,
-    }
+    constants = _constants(activation, p, q, act_first, from_output, wants_x)
     mean, var, weight, bias = channels = dense(mean, var, weight, bias)
     numbers = (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q)
     inputs = (x, dy, residual, bits, mask)
     order = (0, 1, 2, 3)
     if launch.plan.tier is not None:
         tensors = (dx, dresidual, dweight, dbias, *channels, count, *inputs)
-        launch(backward_kernel, tensors, numbers, order, results=2, **constants)
+        launch(backward_kernel, tensors, numbers, order, constants, results=2)
         return dx, dweight, dbias, dresidual
     partials, grads = None, (dweight, dbias)
     if training or wants_weight or wants_bias or wants_residual:
         partials = dy.new_empty((2, launch.plan.splits, mean.numel()), dtype=torch.float64)
         tensors = (partials, None if training else dx, dresidual, *channels, *inputs)
-        launch(backward_reduce_kernel, tensors, numbers, order, **constants)
+        launch(backward_reduce_kernel, tensors, numbers, order, constants)
         if launch.plan.combine or not reads:
             if training or wants_weight or wants_bias:
                 partials = backward_combine(partials, dweight, dbias, var, eps)
@@ -713,9 +709,23 @@ def batch_norm_backward(
         if dresidual is not None and dresidual.dtype == dy.dtype and not act_first:
             # It is what the activation's gradient made of dy, and laid out like dx.
             inputs, order = (x, dresidual, None, None, mask), (0, 1, 0, 3)
-            constants["GRAD"] = None
+            constants = _constants(None, p, q, False, False, wants_x)
         parts = 1 if partials is None else partials.shape[1]
         tensors = (dx, *grads, *channels, count, partials, *inputs)
-        constants["BLOCK_G"] = 1 if parts == 1 else MERGE
-        launch(backward_dx_kernel, tensors, (parts, *numbers), order, **constants)
+        constants += (("BLOCK_G", 1 if parts == 1 else MERGE),)
+        launch(backward_dx_kernel, tensors, (parts, *numbers), order, constants)
     return dx, dweight, dbias, dresidual
+
+
+@cache
+def _constants(
+    activation: str | None, p: float, q: float, act_first: bool, from_output: bool, wants_x: bool
+) -> Constants:
+    act = Activation(activation, p, q)
+    function, gradient = functions(act)
+    return (
+        ("PRE", function if act_first else None),
+        ("PRE_GRAD", gradient if act_first and wants_x else None),
+        ("GRAD", None if act_first else gradient),
+        ("INVERSE", inverse(act) if from_output else None),
+    )

@@ -8,6 +8,7 @@ they are many, `combine` merges them once in between. All sums are taken in a fi
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from tribn.activation import Activation
 from tribn.kernels.activation import functions
-from tribn.kernels.host import Launcher, dense, or_in_two_launches, prepare
+from tribn.kernels.host import Constants, Launcher, dense, or_in_two_launches, prepare
 from tribn.kernels.tile import (
+    PER_CHANNEL,
     UNSPECIALIZED,
     affine,
     bit_offsets,
@@ -141,7 +143,7 @@ def store_stats(partials_ptr, at, count, mean, m2, G, C, c_mask):
     tl.store(partials_ptr + 2 * G * C + at, count, c_mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def stats_kernel(
     partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
     num_batches_tracked_ptr,  # [], incremented
@@ -204,13 +206,13 @@ def stats(
         stats_kernel,
         (partials, num_batches_tracked, x, mask),
         (p, q),
-        order=(1,),
-        PRE=function,
+        (1,),
+        (("PRE", function),),
     )
     return combine(partials) if launch.plan.combine else partials
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def combine_kernel(
     merged_ptr,  # [3, 1, C] float64
     partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
@@ -341,7 +343,7 @@ def write(
         tl.store(bits_ptr + at, pack(on, CHANNELS_LAST), mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def normalize_kernel(
     y_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
@@ -447,7 +449,7 @@ def normalize(
     launch: Launcher,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[float],
-    **constants: Any,
+    constants: Constants,
 ) -> None:
     """Writes y and bits; with partials also mean, var, count and, if given, running statistics.
 
@@ -455,17 +457,11 @@ def normalize(
     """
     partials = tensors[8]
     parts = 1 if partials is None else partials.shape[1]
-    launch(
-        normalize_kernel,
-        tensors,
-        (parts, *numbers),
-        order=(0, 1, 2),
-        BLOCK_G=1 if parts == 1 else MERGE,
-        **constants,
-    )
+    constants += (("BLOCK_G", 1 if parts == 1 else MERGE),)
+    launch(normalize_kernel, tensors, (parts, *numbers), (0, 1, 2), constants)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def forward_kernel(
     y_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
@@ -604,16 +600,6 @@ def forward_kernel(
                 )
 
 
-def forward(
-    launch: Launcher,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    **constants: Any,
-) -> None:
-    """Writes y, bits, mean, var, count and, if given, running statistics, in one launch."""
-    launch(forward_kernel, tensors, numbers, order=(0, 1, 2), results=3, **constants)
-
-
 def batch_stats(
     x: Tensor, mask: Tensor | None, axis: int, plan: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -663,38 +649,40 @@ def batch_norm_train(
     outputs = (y, bits, running_mean, running_var, mean, var, count, num_batches_tracked)
     inputs = (*dense(weight, bias), x, residual, mask)
     numbers = (momentum or 0.0, float(correction), eps, p, q)
-    constants = _constants(
-        Activation(activation, p, q), act_first, save_bits, momentum, skip_nonfinite
-    )
+    constants = _constants(activation, p, q, act_first, save_bits, momentum is None, skip_nonfinite)
     if launch.plan.tier is not None:
-        forward(launch, (*outputs, *inputs), numbers, **constants)
+        tensors = (*outputs, *inputs)
+        launch(forward_kernel, tensors, numbers, (0, 1, 2), constants, results=3)
     else:
-        partials = stats(launch, x, num_batches_tracked, mask, constants["PRE"], p, q)
-        normalize(launch, (*outputs, partials, *inputs), numbers, **constants)
+        pre = dict(constants)["PRE"]
+        partials = stats(launch, x, num_batches_tracked, mask, pre, p, q)
+        normalize(launch, (*outputs, partials, *inputs), numbers, constants)
     for state, written in zip(given, states, strict=True):
         if state is not written:
             state.copy_(written)
-        elif state is not None:
-            torch.autograd.graph.increment_version(state)
+    torch.autograd.graph.increment_version([t for t in given if t is not None])
     return y, mean, var, count, bits
 
 
+@cache
 def _constants(
-    activation: Activation,
+    activation: str | None,
+    p: float,
+    q: float,
     act_first: bool,
     save_bits: bool,
-    momentum: float | None = 0.0,
+    cumulative: bool = False,
     skip_nonfinite: bool = False,
-) -> dict[str, Any]:
+) -> Constants:
     """Of the kernels that write y."""
-    function, gradient = functions(activation)
-    return {
-        "CUMULATIVE": momentum is None,
-        "SKIP_NONFINITE": skip_nonfinite,
-        "PRE": function if act_first else None,
-        "POST": None if act_first else function,
-        "GRAD": gradient if save_bits else None,
-    }
+    function, gradient = functions(Activation(activation, p, q))
+    return (
+        ("CUMULATIVE", cumulative),
+        ("SKIP_NONFINITE", skip_nonfinite),
+        ("PRE", function if act_first else None),
+        ("POST", None if act_first else function),
+        ("GRAD", gradient if save_bits else None),
+    )
 
 
 def batch_norm_eval(
@@ -723,6 +711,6 @@ def batch_norm_eval(
             launch,
             (*given, *dense(weight, bias), x, residual, mask),
             (0.0, 0.0, eps, p, q),
-            **_constants(Activation(activation, p, q), act_first, save_bits),
+            _constants(activation, p, q, act_first, save_bits),
         )
     return y, bits

@@ -81,6 +81,10 @@ class Refused(RuntimeError):
     """The driver does not run so many programs at the same time."""
 
 
+# What a kernel is compiled for, by name, besides its plan
+Constants = tuple[tuple[str, Any], ...]
+
+
 class Kept(NamedTuple):
     """A compiled kernel, and what it is launched with besides tensors and numbers."""
 
@@ -88,6 +92,7 @@ class Kept(NamedTuple):
     plan: Plan
     sizes: tuple[int, ...]
     constants: tuple[Any, ...]
+    room: tuple[int, int] | None  # see `scratch`
 
 
 class Launcher:
@@ -107,6 +112,7 @@ class Launcher:
         plan: Plan | None = None,
     ) -> None:
         self.layout, self.device = layout, device
+        self.index = device.index if device.type == "cuda" else None
         self.dtype = tl.float64 if like.dtype == torch.float64 else tl.float32
         self.facts = device_facts(device)
         self.facts = replace(self.facts, sms=max(self.facts.sms - _sm_margin, 1))
@@ -131,26 +137,24 @@ class Launcher:
         tensors: Sequence[Tensor | None],
         numbers: Sequence[float],
         order: tuple[int, ...],
+        constants: Constants,
         results: int = 0,
-        **constants: Any,
     ) -> None:
         """Launches it with what every kernel takes besides: sizes, strides, splits, tile.
 
         The strides are those of the layout's tensors in `order`, and the mask's. Programs that wait
         for each other have so many `results` for each channel.
         """
-        key: tuple[Any, ...] = (kernel, order, *constants.values())
-        key += tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-        with torch.cuda.device_of(tensors[0]):
-            kept = self.kept.get(key)
-            if kept is None:
-                kept = self._keep(kernel, tensors, numbers, order, constants)
-                self.kept[key] = kept
-            plan, room = kept.plan, ()
-            if plan.tier is not None:
-                doubles = results * (plan.splits + 1) * self.layout.C if plan.waits else 0
-                room = scratch(self.device, doubles, 1 + plan.groups)
-            start(kept, (*tensors, *numbers, *kept.sizes, *room, *kept.constants))
+        key = (kernel, order, constants, *[None if t is None else t.dtype for t in tensors])
+        kept = self.kept.get(key)
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                return self(kernel, tensors, numbers, order, constants, results)
+        if kept is None:
+            kept = self._keep(kernel, tensors, numbers, order, constants, results)
+            self.kept[key] = kept
+        room = scratch(self.device, *kept.room) if kept.room else ()
+        start(kept, (*tensors, *numbers, *kept.sizes, *room, *kept.constants))
 
     def _keep(
         self,
@@ -158,11 +162,12 @@ class Launcher:
         tensors: Sequence[Tensor | None],
         numbers: Sequence[float],
         order: tuple[int, ...],
-        constants: dict[str, Any],
+        constants: Constants,
+        results: int,
     ) -> Kept:
         """The kernel, compiled for the plan with the most programs that fit the device."""
         for plan in self.plans:
-            constants |= self._constants(plan)
+            values = dict(constants) | self._constants(plan)
             kept = Kept(
                 kernel,
                 plan,
@@ -172,8 +177,12 @@ class Launcher:
                     *self.layout.mask,
                     *(plan.splits, plan.tiles_per_split),
                 ),
-                tuple(constants[name] for name in kernel.arg_names if name in constants),
+                tuple(values[name] for name in kernel.arg_names if name in values),
+                None,
             )
+            if plan.tier is not None:
+                doubles = results * (plan.splits + 1) * self.layout.C if plan.waits else 0
+                kept = kept._replace(room=(doubles, 1 + plan.groups))
             if knobs.runtime.interpret:
                 break
             room = (torch.float64, torch.int32) if plan.tier is not None else ()
@@ -270,7 +279,8 @@ def prepare(
     """
     device = next(t.device for t in inputs if t is not None)
     key = (axis, like.shape, like.stride(), like.dtype, device, reads, bits, plan)
-    key += tuple([None if t is None else t.stride() for t in (*inputs, mask)])
+    for t in (*inputs, mask):
+        key += (None,) if t is None else (t.stride(), t.data_ptr() % 16)
     launch = _launchers.get(key)
     if launch is None:
         layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits)
