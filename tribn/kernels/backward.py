@@ -685,7 +685,7 @@ def batch_norm_backward(
         return dx, dweight, dbias, dresidual
     reads = 2 if training and wants_x else 0
     launch, (x, dy, residual), mask = prepare(
-        axis, like, (x, dy, residual), mask, reads, bits is not None, plan
+        axis, like, dy.dtype, (x, dy, residual), mask, reads, bits is not None, plan
     )
     constants = _constants(activation, p, q, act_first, from_output, wants_x)
     mean, var, weight, bias = channels = dense(mean, var, weight, bias)

@@ -130,7 +130,8 @@ def split_stats(
     total_g = tl.sum(total, 1).to(tl.float64)
     offset = total_g * reciprocal(n_g)
     m2 = tl.sum(square, 1).to(tl.float64)
-    m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2)  # infinity stays, and NaN
+    # Infinity stays, or is NaN like the variance about a mean that is neither.
+    m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2 + (offset - offset))
     mean = shift.to(tl.float64) + offset
     return tl.zeros([BLOCK_C], tl.float64) + n_g, mean, tl.where(m2 < 0, 0.0, m2), held
 
@@ -608,7 +609,7 @@ def batch_stats(
         mean = x.new_zeros(x.shape[axis], dtype=dtype)
         return mean, torch.zeros_like(mean), torch.zeros((), dtype=torch.int64, device=x.device)
     like = torch.empty_like(x, device="meta")
-    launch, (x,), mask = prepare(axis, like, (x,), mask, 0, plan=plan)
+    launch, (x,), mask = prepare(axis, like, x.dtype, (x,), mask, 0, plan=plan)
     merged = combine(stats(launch, x, None, mask))
     mean, m2, count = merged[:, 0]
     return mean.to(dtype), (m2 / count.clamp(min=1)).to(dtype), count[0].to(torch.int64)
@@ -643,7 +644,7 @@ def batch_norm_train(
     bits = new_bits(y, axis) if save_bits else None
     if not x.numel():
         return y, mean, var, count, bits
-    launch, (x, residual), mask = prepare(axis, y, (x, residual), mask, 1, save_bits, plan)
+    launch, (x, residual), mask = prepare(axis, y, y.dtype, (x, residual), mask, 1, save_bits, plan)
     given = (running_mean, running_var, num_batches_tracked)
     running_mean, running_var, num_batches_tracked = states = dense(*given)
     outputs = (y, bits, running_mean, running_var, mean, var, count, num_batches_tracked)
@@ -705,7 +706,9 @@ def batch_norm_eval(
     y = output(x, residual)
     bits = new_bits(y, axis) if save_bits else None
     if x.numel():
-        launch, (x, residual), mask = prepare(axis, y, (x, residual), mask, 0, save_bits, plan)
+        launch, (x, residual), mask = prepare(
+            axis, y, y.dtype, (x, residual), mask, 0, save_bits, plan
+        )
         given = (y, bits, None, None, *dense(mean, var), None, None, None)
         normalize(
             launch,

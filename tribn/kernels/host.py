@@ -105,7 +105,7 @@ class Launcher:
     def __init__(
         self,
         layout: Layout,
-        like: Tensor,
+        dtype: torch.dtype,
         device: torch.device,
         reads: int,
         bits: bool = False,
@@ -113,10 +113,10 @@ class Launcher:
     ) -> None:
         self.layout, self.device = layout, device
         self.index = device.index if device.type == "cuda" else None
-        self.dtype = tl.float64 if like.dtype == torch.float64 else tl.float32
+        self.dtype = tl.float64 if dtype == torch.float64 else tl.float32
         self.facts = device_facts(device)
         self.facts = replace(self.facts, sms=max(self.facts.sms - _sm_margin, 1))
-        self.plans = [plan] if plan else self._plans(like.element_size(), reads, bits)
+        self.plans = [plan] if plan else self._plans(dtype.itemsize, reads, bits)
         self.plan = self.plans[0]
         self.kept: dict[tuple[Any, ...], Kept] = {}
 
@@ -267,6 +267,7 @@ def set_sm_margin(sms: int) -> None:
 def prepare(
     axis: int,
     like: Tensor,
+    dtype: torch.dtype,
     inputs: Sequence[Tensor | None],
     mask: Tensor | None,
     reads: int,
@@ -275,16 +276,17 @@ def prepare(
 ) -> tuple[Launcher, Sequence[Tensor | None], Tensor | None]:
     """A launcher for tensors of the shape of `like`, and these laid out like it.
 
-    The mask becomes one of bytes. `like` may be without memory, on the meta device.
+    The mask becomes one of bytes. `like` may be without memory, on the meta device; `dtype` is that
+    of the output, or of its gradient.
     """
     device = next(t.device for t in inputs if t is not None)
-    key = (axis, like.shape, like.stride(), like.dtype, device, reads, bits, plan)
+    key = (axis, like.shape, like.stride(), dtype, device, reads, bits, plan)
     for t in (*inputs, mask):
         key += (None,) if t is None else (t.stride(), t.data_ptr() % 16)
     launch = _launchers.get(key)
     if launch is None:
         layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits)
-        launch = Launcher(layout, like, device, reads, bits, plan)
+        launch = Launcher(layout, dtype, device, reads, bits, plan)
         if all(a is b for a, b in zip(inputs, laid_out, strict=True)):
             if len(_launchers) >= MOST_LAUNCHERS:
                 _launchers.clear()
