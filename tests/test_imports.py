@@ -14,6 +14,7 @@ ROOT = Path(tribn.__file__).parent
 
 # A module imports only from those behind it.
 ORDER = [
+    "explain",
     "convert",
     "statistics",
     "nn",

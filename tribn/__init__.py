@@ -2,6 +2,8 @@
 
 from tribn import functional
 from tribn.convert import freeze, unfreeze
+from tribn.explain import explain
+from tribn.launch import set_sm_margin
 from tribn.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -23,8 +25,10 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "StandardScaler",
+    "explain",
     "freeze",
     "functional",
+    "set_sm_margin",
     "unfreeze",
     "update_stats",
 ]

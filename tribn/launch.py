@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 WARPS = 8  # of a program with a full tile
 BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
@@ -19,6 +20,31 @@ COMBINE_C = 16  # channels of a program that only merges partials: few, for many
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
 MERGERS = 16  # programs that merge for the whole group, where there are more partials than that
 BARRIER = 1  # what waiting costs, in tiles of a program
+
+
+sm_margin = 0  # multiprocessors that plans leave alone
+launches: list[Any] | None = None  # what is launched is appended to it, for `tribn.explain`
+
+
+def set_sm_margin(sms: int) -> None:
+    """Leaves multiprocessors to others, such as collectives on other streams.
+
+    Kernels whose programs wait for each other then start without waiting for those others to end.
+    At least one multiprocessor is used all the same. CUDA graphs keep what they were captured with.
+
+    Args:
+        sms: how many of them, 0 by default.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is negative.
+    """
+    if not isinstance(sms, int) or isinstance(sms, bool):
+        raise TypeError(f"sms is {sms!r}: it must be an int")
+    if sms < 0:
+        raise ValueError(f"sms is {sms}: it must not be negative")
+    global sm_margin
+    sm_margin = sms
 
 
 @dataclass(frozen=True)
@@ -219,14 +245,14 @@ def single_read_plan(
     while per_thread <= most:
         plan = _tile(layout, itemsize, bits, per_thread, narrow)
         tiles = _tiles(plan, layout)
-        if tiles == 1 or plan.channel_blocks * tiles <= 2 * device.sms:
+        if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= 2 * device.sms):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
-    # A program that has its channels to itself needs no one; else the more of them the better.
-    for plan in [*(plan for plan in held if plan.splits == 1), *held]:
+    if held:
+        # A program that has its channels to itself needs no one; else the more of them the better.
+        plan = next((plan for plan in held if plan.splits == 1), held[0])
         groups = min(plan.channel_blocks, device.sms * programs_per_sm // plan.splits)
-        if groups or plan.splits == 1:
-            return replace(plan, tier="registers", groups=groups or plan.channel_blocks)
+        return replace(plan, tier="registers", groups=groups)
 
     total = layout.N * layout.C * layout.S * itemsize
     plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize, narrow)

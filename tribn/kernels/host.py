@@ -13,6 +13,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from tribn import launch
 from tribn.kernels.scratch import scratch
 from tribn.launch import Device, Layout, Plan, collapse, make_plan, single_read_plan
 
@@ -88,6 +89,7 @@ Constants = tuple[tuple[str, Any], ...]
 class Kept(NamedTuple):
     """A compiled kernel, and what it is launched with besides tensors and numbers."""
 
+    function: Any  # what it is compiled from
     kernel: Any
     plan: Plan
     sizes: tuple[int, ...]
@@ -115,7 +117,7 @@ class Launcher:
         self.index = device.index if device.type == "cuda" else None
         self.dtype = tl.float64 if dtype == torch.float64 else tl.float32
         self.facts = device_facts(device)
-        self.facts = replace(self.facts, sms=max(self.facts.sms - _sm_margin, 1))
+        self.facts = replace(self.facts, sms=max(self.facts.sms - launch.sm_margin, 1))
         self.plans = [plan] if plan else self._plans(dtype.itemsize, reads, bits)
         self.plan = self.plans[0]
         self.kept: dict[tuple[Any, ...], Kept] = {}
@@ -169,6 +171,7 @@ class Launcher:
         for plan in self.plans:
             values = dict(constants) | self._constants(plan)
             kept = Kept(
+                kernel,
                 kernel,
                 plan,
                 (
@@ -242,6 +245,9 @@ def needs(compiled: Any) -> tuple[int, int, int]:
 
 def start(kept: Kept, args: Sequence[Any]) -> None:
     kernel, plan = kept.kernel, kept.plan
+    if launch.launches is not None:
+        registers = None if knobs.runtime.interpret else needs(kernel)[0]
+        launch.launches.append((kept, registers, args))
     if knobs.runtime.interpret:
         kernel[plan.grid](*args, launch_cooperative_grid=plan.waits)
         return
@@ -255,13 +261,6 @@ def start(kept: Kept, args: Sequence[Any]) -> None:
 
 _launchers: dict[tuple[Any, ...], Launcher] = {}
 _refused: set[torch.device] = set()  # devices that do not run programs at the same time
-_sm_margin = 0
-
-
-def set_sm_margin(sms: int) -> None:
-    global _sm_margin
-    _sm_margin = sms
-    _launchers.clear()
 
 
 def prepare(
@@ -280,19 +279,19 @@ def prepare(
     of the output, or of its gradient.
     """
     device = next(t.device for t in inputs if t is not None)
-    key = (axis, like.shape, like.stride(), dtype, device, reads, bits, plan)
+    key = (axis, like.shape, like.stride(), dtype, device, reads, bits, plan, launch.sm_margin)
     for t in (*inputs, mask):
         key += (None,) if t is None else (t.stride(), t.data_ptr() % 16)
-    launch = _launchers.get(key)
-    if launch is None:
+    launcher = _launchers.get(key)
+    if launcher is None:
         layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits)
-        launch = Launcher(layout, dtype, device, reads, bits, plan)
+        launcher = Launcher(layout, dtype, device, reads, bits, plan)
         if all(a is b for a, b in zip(inputs, laid_out, strict=True)):
             if len(_launchers) >= MOST_LAUNCHERS:
                 _launchers.clear()
-            _launchers[key] = launch
+            _launchers[key] = launcher
         inputs, mask = laid_out, mask_laid_out
-    return launch, inputs, None if mask is None else mask.view(torch.uint8)
+    return launcher, inputs, None if mask is None else mask.view(torch.uint8)
 
 
 def or_in_two_launches(op: Callable[..., Any]) -> Callable[..., Any]:
