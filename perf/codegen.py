@@ -38,6 +38,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
+from perf.devices import GPUS
 from perf.report import RESULTS, Report, directory, environment, write
 from tribn import kernels, ops
 from tribn.functional import batch_norm
@@ -82,9 +83,10 @@ class Target:
         )
 
 
+A100, H100 = GPUS["A100"], GPUS["H100"]
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), sms=108, l2=40 * 2**20, shared=164 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), sms=132, l2=50 * 2**20, shared=228 * 1024),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), A100.sms, A100.l2, A100.shared),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), H100.sms, H100.l2, H100.shared),
     "sm_100": Target(GPUTarget("cuda", 100, 32), sms=148, l2=126 * 2**20, shared=228 * 1024),
     "gfx942": Target(
         GPUTarget("hip", "gfx942", 64),

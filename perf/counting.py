@@ -24,7 +24,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 def counts(n: int) -> np.ndarray:
     """Zeros that forked processes share."""
-    return np.frombuffer(mmap.mmap(-1, 8 * n), dtype=np.int64)
+    return np.frombuffer(mmap.mmap(-1, max(8 * n, 1)), dtype=np.int64, count=n)
 
 
 def increment(counts: np.ndarray, at: np.ndarray) -> None:
@@ -42,7 +42,8 @@ class Accesses:
         self.start, self.itemsize = tensor.data_ptr(), tensor.itemsize
         # From the first element to the last, whatever lies between them.
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        self.loads, self.stores = (counts(last + 1) for _ in range(2))
+        extent = last + 1 if tensor.numel() else 0
+        self.loads, self.stores = (counts(extent) for _ in range(2))
 
     @property
     def read(self) -> int:

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tribn.launch import Device
+
 
 @dataclass(frozen=True)
 class Gpu:
+    """A device, and its multiprocessors, which are from the CUDA programming guide's tables."""
+
     name: str
     bandwidth: float  # of DRAM, bytes a second; what kernels reach is less
     l2: int  # bytes
     sms: int
+    shared: int  # bytes of shared memory of a multiprocessor
     source: str
+    threads: int = 2048  # of a multiprocessor
+    registers: int = 2**18  # bytes, of a multiprocessor
+
+    @property
+    def facts(self) -> Device:
+        return Device(
+            sms=self.sms,
+            l2=self.l2,
+            registers=self.registers,
+            shared=self.shared,
+            threads=self.threads,
+        )
 
 
 GPUS = {
@@ -20,6 +37,7 @@ GPUS = {
         bandwidth=3.35e12,
         l2=50 * 2**20,
         sms=132,
+        shared=228 * 1024,
         source="NVIDIA H100 Tensor Core GPU datasheet; architecture white paper",
     ),
     "H200": Gpu(
@@ -27,6 +45,7 @@ GPUS = {
         bandwidth=4.8e12,
         l2=50 * 2**20,
         sms=132,
+        shared=228 * 1024,
         source="NVIDIA H200 Tensor Core GPU datasheet; H100 architecture white paper",
     ),
     "A100": Gpu(
@@ -34,6 +53,7 @@ GPUS = {
         bandwidth=2.039e12,
         l2=40 * 2**20,
         sms=108,
+        shared=164 * 1024,
         source="NVIDIA A100 Tensor Core GPU datasheet; architecture white paper",
     ),
     "L4": Gpu(
@@ -41,6 +61,8 @@ GPUS = {
         bandwidth=300e9,
         l2=48 * 2**20,
         sms=58,
+        shared=100 * 1024,
         source="NVIDIA L4 Tensor Core GPU datasheet; CUDA device properties",
+        threads=1536,
     ),
 }

@@ -6,8 +6,12 @@ what has one number per channel is left out. That is the DRAM traffic of tensors
 of the L2 cache; smaller ones, marked with a star, may stay in it from one launch to the next. Times
 are these bytes over the bandwidth in the datasheet, which no kernel quite reaches.
 
-torch.compile is what its partitioner and fusion make of a network by default. `single read` is the
-least a kernel can move: the input stays on the chip between the statistics and their use.
+torch.compile is what its partitioner and fusion make of a network by default. tribn visits its
+inputs twice in one launch. Where its plan for the device keeps a slab of channels on the chip in
+between, in registers or in half of the L2 cache, they are charged once; where a slab is too large,
+the tier being memory, twice, though the end of the first visit may still be in the cache.
+`two launches` are tribn on a device that does not run programs at the same time. `single read` is
+the least that a kernel can move.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from rich.table import Table
 from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
 from perf.devices import GPUS, Gpu
 from perf.report import RESULTS, Report, count, directory, environment, write
-from tribn.launch import Device, collapse, make_plan
+from tribn.launch import collapse, single_read_plan
 
 PASSES = ("forward", "backward", "eval")
+TWICE = {"forward": 1, "backward": 2}  # how many inputs each direction in training visits twice
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class Kernel:
     name: str
     reads: str = ""
     writes: str = ""
+    again: str = ""  # of the reads, what is read once more unless the chip has held it
     when_combined: bool = False  # launched only where the plan has many partial results to merge
     share: float = 1.0  # of the cases in which it is what runs
 
-    def units(self, itemsize: int) -> float:
+    def units(self, itemsize: int, held: bool = True) -> float:
         """Bytes in units of N."""
-        return self.share * (size(self.reads, itemsize) + size(self.writes, itemsize))
+        again = "" if held else self.again
+        return self.share * size(f"{self.reads} {again} {self.writes}", itemsize)
 
 
 def size(tensors: str, itemsize: int) -> float:
@@ -60,12 +67,8 @@ class Model:
     eval: tuple[Kernel, ...]
     saved: str
 
-    def kernels(self, direction: str, combine: bool) -> list[Kernel]:
-        kernels: tuple[Kernel, ...] = getattr(self, direction)
-        return [kernel for kernel in kernels if combine or not kernel.when_combined]
-
-    def units(self, direction: str, itemsize: int) -> float:
-        return sum(kernel.units(itemsize) for kernel in getattr(self, direction))
+    def units(self, direction: str, itemsize: int, held: bool = True) -> float:
+        return sum(kernel.units(itemsize, held) for kernel in getattr(self, direction))
 
 
 STATS, NORMALIZE = Kernel("stats", "x"), Kernel("normalize", "x", "y")
@@ -139,8 +142,8 @@ def compiled() -> dict[str, Model]:
     }
 
 
-def two_passes() -> dict[str, Model]:
-    """tribn's: one pass for the statistics or sums, one with everything fused."""
+def two_launches() -> dict[str, Model]:
+    """One pass for the statistics or sums, one with everything fused."""
     bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, BACKWARD_COMBINE, DX), (NORMALIZE,), "x")
     add = replace(bn, forward=(STATS, COMBINE, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
     add_relu = Model(
@@ -153,27 +156,34 @@ def two_passes() -> dict[str, Model]:
     return {"bn": bn, **activations(bn), "bn_add": add, "bn_add_relu": add_relu}
 
 
-def single_read() -> dict[str, Model]:
-    """The least of all: the input stays on the chip between statistics and normalization."""
-    bn = Model((NORMALIZE,), (DX,), (NORMALIZE,), "x")
-    add = replace(bn, forward=(NORMALIZE_ADD,), eval=(NORMALIZE_ADD,))
+def one_launch() -> dict[str, Model]:
+    """Everything in one launch, whose second visit alone reads what is added."""
+    bn = Model(
+        forward=(Kernel("forward", "x", "y", again="x"),),
+        backward=(Kernel("backward", "x dy", "dx", again="x dy"),),
+        eval=(NORMALIZE,),
+        saved="x",
+    )
+    forward_add = Kernel("forward", "x residual", "y", again="x")
+    add = replace(bn, forward=(forward_add,), eval=(NORMALIZE_ADD,))
     add_relu = Model(
-        forward=(NORMALIZE_ADD_KEEP,),
-        backward=(Kernel("backward_dx", "x dy bits", "dx dresidual"),),
+        forward=(replace(forward_add, writes="y bits"),),
+        backward=(Kernel("backward", "x dy bits", "dx dresidual", again="x dy bits"),),
         eval=(NORMALIZE_ADD,),
         saved="x bits",
     )
     return {"bn": bn, **activations(bn), "bn_add": add, "bn_add_relu": add_relu}
 
 
-# By path and operation
+TRIBN, FLOOR = "tribn", "single read"
+# By path and operation. The floor is that of a chip which holds everything.
 PATHS = {
     "eager": eager(),
     "torch.compile": compiled(),
-    "tribn": two_passes(),
-    "single read": single_read(),
+    "two launches": two_launches(),
+    TRIBN: one_launch(),
+    FLOOR: one_launch(),
 }
-FLOOR = "single read"
 
 
 def row(layer: Layer, layout: str, itemsize: int, gpu: Gpu) -> dict[str, Any]:
@@ -182,21 +192,25 @@ def row(layer: Layer, layout: str, itemsize: int, gpu: Gpu) -> dict[str, Any]:
     models = {path: ops[layer.op] for path, ops in PATHS.items()}
     tensors = collapse(layer.shape, [strides(layer.shape, layout)], axis=1)
     assert tensors is not None, "they are dense"
-    plan = make_plan(tensors, itemsize, Device(gpu.sms), bits="bits" in models["tribn"].saved)
+    bits = "bits" in models[TRIBN].saved
+    tiers = {
+        direction: single_read_plan(tensors, itemsize, gpu.facts, inputs, bits).tier
+        for direction, inputs in TWICE.items()
+    }
+
+    def units(path: str, direction: str) -> float:
+        held = path != TRIBN or tiers.get(direction) != "memory"
+        return models[path].units(direction, itemsize, held)
+
     return {
         "shape": layer.shape,
         "op": layer.op,
         "count": layer.count,
         "bytes": n,
         "fits_l2": n <= gpu.l2,
-        "units": {
-            path: {direction: model.units(direction, itemsize) for direction in PASSES}
-            for path, model in models.items()
-        },
+        "units": {path: {d: units(path, d) for d in PASSES} for path in PATHS},
         "saved": {path: size(model.saved, itemsize) for path, model in models.items()},
-        "tribn_launches": {
-            direction: len(models["tribn"].kernels(direction, plan.combine)) for direction in PASSES
-        },
+        "tiers": tiers,
         "floor_us": {
             direction: models[FLOOR].units(direction, itemsize) * n / gpu.bandwidth * 1e6
             for direction in PASSES
@@ -238,6 +252,10 @@ def described(model: Model, itemsize: int) -> dict[str, Any]:
     return {**kernels, "saved": model.saved}
 
 
+# What the name of the JSON leaves out
+USUAL = {"batch": None, "dtype": "bf16", "layout": LAYOUTS[0], "device": "H100"}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m perf traffic",
@@ -248,14 +266,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--net", choices=NETS, help="a network (resnet50)")
     what.add_argument("--set", choices=SETS, help="a set of single shapes instead")
     parser.add_argument("--batch", type=count, help="of a network; its usual one if not given")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="(%(default)s)")
-    parser.add_argument(
-        "--device", choices=GPUS, default="H100", help="for floor times and plans (%(default)s)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="(%(default)s)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="(%(default)s)")
+    parser.add_argument("--device", choices=GPUS, help="for plans and floor times (%(default)s)")
     parser.add_argument(
         "--out", type=directory, default=RESULTS, metavar="DIR", help="for the JSON (%(default)s)"
     )
+    parser.set_defaults(**USUAL)
     arguments = parser.parse_args(argv)
     if arguments.set and arguments.batch:
         parser.error(f"--batch: the shapes of --set {arguments.set} have theirs")
@@ -283,10 +300,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "rows": rows,
         "totals": totals(rows, gpu),
+        "ops": {op: totals([row for row in rows if row["op"] == op], gpu) for op in ops},
     }
-    path = write(report, arguments.out, f"traffic-{name}")
+    given = vars(arguments)
+    unusual = [str(given[option]) for option, usual in USUAL.items() if given[option] != usual]
+    path = write(report, arguments.out, "-".join(["traffic", name, *unusual]))
     console = Console()
-    console.print(layer_table(report), total_table(report), f"Bytes counted, not timed; {path}")
+    console.print(layer_table(report), total_table(report))
+    if any("memory" in row["tiers"].values() for row in rows):
+        console.print(memory_table(report))
+    console.print(f"Bytes counted, not timed; {path}")
 
 
 def layer_table(report: Report) -> Table:
@@ -298,16 +321,19 @@ def layer_table(report: Report) -> Table:
     )
     for heading in ("shape", "op", "", "N, MB"):
         table.add_column(heading, overflow="fold")
-    for heading in (*PATHS, "tribn launches", "floor, µs"):
-        table.add_column(re.sub(r"(?<=[ .])", "\n", heading), justify="right")
+    paths = [path for path in PATHS if path != FLOOR]
+    for heading in (*paths, "tier", "floor, µs"):
+        name = re.sub(r"(?<=[ .])", "\n", heading)
+        table.add_column(name, justify="right", no_wrap=heading != "tier")
     for row in report["rows"]:
-        values = [*row["units"].values(), row["tribn_launches"]]
+        units = [row["units"][path] for path in paths]
         table.add_row(
             "x".join(map(str, row["shape"])),
             row["op"],
             f"{row['count']}x",
             f"{row['bytes'] / 1e6:.1f}" + "*" * row["fits_l2"],
-            *(f"{value['forward']:.2g}+{value['backward']:.2g}" for value in values),
+            *(f"{of['forward']:.2g}+{of['backward']:.2g}" for of in units),
+            " + ".join(dict.fromkeys(row["tiers"].values())),
             f"{row['floor_us']['forward'] + row['floor_us']['backward']:.3g}",
         )
     return table
@@ -329,4 +355,32 @@ def total_table(report: Report) -> Table:
         table.add_row(
             total["path"], *(f"{value:.1f}" for value in units), f"{total['floor_ms']:.2f}"
         )
+    return table
+
+
+def memory_table(report: Report) -> Table:
+    """The layers that tribn reads twice, and their share of the bytes of all activations."""
+    rows = report["rows"]
+    whole = sum(row["count"] * row["bytes"] for row in rows)
+    shares = dict.fromkeys(TWICE, 0.0)
+    table = Table(
+        title=f"Slabs that do not fit half the L2 cache of {report['gpu']['name']}",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("shape", "op", "", "read twice", "of bytes"):
+        table.add_column(heading)
+    for row in rows:
+        twice = [direction for direction, tier in row["tiers"].items() if tier == "memory"]
+        share = row["count"] * row["bytes"] / whole
+        for direction in twice:
+            shares[direction] += share
+        if twice:
+            table.add_row(
+                "x".join(map(str, row["shape"])),
+                row["op"],
+                f"{row['count']}x",
+                ", ".join(twice),
+                f"{share:.0%}",
+            )
+    table.caption = ", ".join(f"{direction} {share:.0%}" for direction, share in shares.items())
     return table

@@ -14,16 +14,16 @@ if not INTERPRET:
 
 import triton
 import triton.language as tl
+from cooperative import concurrently
 
 import tribn
 from perf.cases import OPS, Layer
 from perf.counting import counting
 from perf.devices import Gpu
-from perf.traffic import PATHS, Kernel, row, size
+from perf.traffic import PATHS, TWICE, Kernel, row, size
 from tribn.kernels import host
-from tribn.launch import Device
+from tribn.launch import make_plan
 
-MODELS = PATHS["tribn"]
 LARGE = {"x", "y", "dy", "dx", "residual", "dresidual", "bits"}
 
 CASES = [
@@ -33,6 +33,55 @@ CASES = [
     *[Case((3, 5, 4, 6), layout="sliced"), Case((3, 5, 4, 6), dy_layout="channels_last")],
     Case((2, 40, 9, 9), BF16, "transposed", "transposed"),
 ]
+
+
+# Those of "l2" differ from "memory" in nothing but hints to the cache.
+TIERS = ["registers", "memory"]
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Makes launchers take plans of a tier, or two launches if it is None.
+
+    Tiles are small, or hold all that a program has. So many programs share a slab of channels;
+    with a tier they wait for each other, and have to run concurrently.
+    """
+    monkeypatch.setattr(host, "_launchers", {})
+
+    def force(tier, programs=1):
+        def plan(layout, itemsize, device, *_):
+            block_n, block_c, block_s = 1, 16, 32
+            if tier == "registers":
+                block_n = triton.next_power_of_2(layout.N)
+                block_s = max(8, triton.next_power_of_2(triton.cdiv(layout.S, programs)))
+            tiles = triton.cdiv(layout.N, block_n) * triton.cdiv(layout.S, block_s)
+            tiles_per_split = triton.cdiv(tiles, programs)
+            return replace(
+                make_plan(layout, itemsize, device),
+                block_n=block_n,
+                block_c=block_c,
+                block_s=block_s,
+                tiles_per_split=tiles_per_split,
+                splits=triton.cdiv(tiles, tiles_per_split),
+                channel_blocks=triton.cdiv(layout.C, block_c),
+                tier=tier,
+                groups=0 if tier is None else 1,
+            )
+
+        if tier is None:
+            monkeypatch.setattr(host, "_refused", {torch.device("cpu")})
+            monkeypatch.setattr(host, "make_plan", plan)
+        else:
+            facts = replace(host.INTERPRETER, cooperative=True)
+            monkeypatch.setattr(host, "device_facts", lambda _: facts)
+            monkeypatch.setattr(host, "single_read_plan", plan)
+
+    return force
+
+
+def kernels_of(model, direction, combine=False):
+    """The kernels of the model that run, where partial results are merged or not."""
+    return [kernel for kernel in getattr(model, direction) if combine or not kernel.when_combined]
 
 
 def apply(op, t, training, grad=True):
@@ -61,8 +110,12 @@ def measure(op, t):
     return {"forward": forward, "backward": backward, "eval": evaluation}
 
 
-def assert_agree(launches, kernels, x):
-    """Every large tensor is read or written as the model says, byte for byte, and no other."""
+def assert_agree(launches, kernels, x, tier=None):
+    """Every large tensor is read or written as the model says, byte for byte, and no other.
+
+    It is loaded once; what the model reads again where the chip does not hold it is loaded twice,
+    unless registers do. For the shift of their sums, programs load their first tile once more.
+    """
     assert [launch.kernel for launch in launches] == [kernel.name for kernel in kernels]
     for launched, kernel in zip(launches, kernels, strict=True):
         for name, accesses in launched.tensors.items():
@@ -70,47 +123,82 @@ def assert_agree(launches, kernels, x):
                 whole = size(name, x.itemsize) * x.nbytes
                 assert accesses.read == whole * (name in kernel.reads.split()), (kernel, name)
                 assert accesses.written == whole * (name in kernel.writes.split()), (kernel, name)
+                visits = 2 if tier != "registers" and name in kernel.again.split() else 1
+                more = accesses.loaded - visits * accesses.read
+                if name == "x" and kernel.name in ("stats", "forward") and tier != "registers":
+                    assert 0 < more <= accesses.read
+                else:
+                    assert more == 0, (kernel, name)
         assert {*kernel.reads.split(), *kernel.writes.split()} <= launched.tensors.keys()
 
 
+@pytest.mark.parametrize("tier", [None, *TIERS])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_layouts_and_dtypes(case):
+def test_layouts_and_dtypes(case, tier, force):
+    force(tier)
     t = Inputs.of(case)
+    model = PATHS["tribn" if tier else "two launches"]["bn"]
     for direction, launches in measure("bn", t).items():
-        assert_agree(launches, MODELS["bn"].kernels(direction, combine=False), t.x)
+        assert_agree(launches, kernels_of(model, direction), t.x, tier)
 
 
+@pytest.mark.parametrize("tier", [None, *TIERS])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_operations(op, layout):
+def test_operations(op, layout, tier, force):
+    force(tier)
     t = Inputs.of(Case((3, 16, 4, 8), BF16, layout, layout))
+    model = PATHS["tribn" if tier else "two launches"][op]
     for direction, launches in measure(op, t).items():
-        assert_agree(launches, MODELS[op].kernels(direction, combine=False), t.x)
+        assert_agree(launches, kernels_of(model, direction), t.x, tier)
 
 
-@pytest.fixture
-def short_splits(monkeypatch):
-    """A split a tile, so that small tensors have many."""
-    monkeypatch.setattr("tribn.launch.TILES_PER_SPLIT", 1)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_partial_results_that_a_launch_merges(layout, force):
+    force(None, programs=18)
+    t = Inputs.of(Case((9, 16, 8, 8), F32, layout, layout))
+    for direction, launches in measure("bn", t).items():
+        kernels = kernels_of(PATHS["two launches"]["bn"], direction, combine=True)
+        assert len(kernels) == (1 if direction == "eval" else 3)
+        assert_agree(launches, kernels, t.x)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_programs_that_wait_for_each_other(layout, tier, force):
+    force(tier, programs=3)
+    t = Inputs.of(Case((3, 16, 4, 8), BF16, layout, layout))
+    with concurrently():
+        measured = measure("bn_add_relu", t)
+    for direction, launches in measured.items():
+        if direction in TWICE:
+            assert launches[0].tensors["partials"].read > 0
+        assert_agree(launches, kernels_of(PATHS["tribn"]["bn_add_relu"], direction), t.x, tier)
 
 
 @pytest.mark.parametrize(
-    ("layout", "case"),
+    ("layout", "case", "l2", "tiers"),
     [
-        ("channels-first", Case((2, 1, 95, 93))),
-        ("channels-last", Case((2, 3, 48, 48), F32, "channels_last", "channels_last")),
+        ("channels-first", Case((2, 1, 128, 128)), 2**20, ["registers", "l2"]),
+        ("channels-first", Case((2, 2, 95, 93)), 2**18, ["l2", "memory"]),
+        (
+            *("channels-last", Case((2, 20, 48, 48), F32, "channels_last", "channels_last")),
+            *(2**20, ["l2", "memory"]),
+        ),
     ],
 )
-def test_launches_of_a_layer_are_those_of_its_row(layout, case, short_splits, monkeypatch):
-    """On a device with enough multiprocessors for so many partials that a launch merges them."""
-    gpu = Gpu("", bandwidth=1, l2=0, sms=5, source="")
-    monkeypatch.setattr(host, "device_facts", lambda _: Device(gpu.sms))
-    expected = row(Layer(case.shape), layout, case.dtype.itemsize, gpu)["tribn_launches"]
-    assert expected == {"forward": 3, "backward": 3, "eval": 1}
+def test_tiers_of_a_layer_are_those_of_its_row(layout, case, l2, tiers, monkeypatch):
+    gpu = Gpu("", bandwidth=1, l2=l2, sms=1, shared=2**16, source="")
+    monkeypatch.setattr(host, "_launchers", {})
+    monkeypatch.setattr(host, "device_facts", lambda _: gpu.facts)
+    expected = row(Layer(case.shape), layout, case.dtype.itemsize, gpu)["tiers"]
+    assert list(expected.values()) == tiers
     t = Inputs.of(case)
-    for direction, launches in measure("bn", t).items():
-        assert len(launches) == expected[direction]
-        assert_agree(launches, MODELS["bn"].kernels(direction, combine=True), t.x)
+    with concurrently():
+        measured = measure("bn", t)
+    for direction, launches in measured.items():
+        kernels = kernels_of(PATHS["tribn"]["bn"], direction)
+        assert_agree(launches, kernels, t.x, expected.get(direction))
 
 
 def test_backward_of_evaluation():
@@ -135,16 +223,25 @@ def small(launch):
     return launch.kernel, sum(a.read for a in others), sum(a.written for a in others)
 
 
-def test_what_is_left_out_does_not_grow_with_the_input(short_splits):
-    C, G = 4, 2  # eight programs in all
-    few, many = (
-        [[small(launch) for launch in of] for of in measure("bn", t).values()]
-        for t in (Inputs.of(Case((C, n), channel_axis=0)) for n in (4096, 8192))
-    )
+@pytest.mark.parametrize(("tier", "G"), [(None, 2), *((tier, G) for tier in TIERS for G in (1, 2))])
+def test_what_is_left_out_does_not_grow_with_the_input(tier, G, force):
+    force(tier, programs=G)
+    C = 4
+    with concurrently():
+        few, many = (
+            [[small(launch) for launch in of] for of in measure("bn", t).values()]
+            for t in (Inputs.of(Case((C, n), channel_axis=0)) for n in (512, 1024))
+        )
     assert few == many
-    (stats, *_), (reduce, *_), _ = few
-    assert stats == ("stats", 0, 3 * 8 * G * C)
-    assert reduce[2] == 2 * 8 * G * C
+    (first, *_), (first_backward, *_), _ = few
+    partials = 8 * C * (G if G > 1 else 0)
+    if tier is None:
+        assert first == ("stats", 0, 3 * partials)
+        assert first_backward[2] == 2 * partials
+    else:
+        # Besides, mean and variance, and both statistics that run; the parameters' gradients.
+        assert first[::2] == ("forward", 3 * partials + 4 * 4 * C)
+        assert first_backward[::2] == ("backward", 2 * partials + 2 * 4 * C)
 
 
 def test_reads_of_the_same_bytes_count_once():

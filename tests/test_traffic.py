@@ -33,17 +33,25 @@ m = 1 / 16  # a bit for 16
 EXPECTED = {
     "eager": [(3, 5, 2), (5, 8, 4), (6, 5, 5), (8, 8, 7)],
     "torch.compile": [(3, 5, 2), (3, 7, 2), (4, 5, 3), (4, 7.5, 3)],
-    "tribn": [(3, 5, 2), (3, 5, 2), (4, 5, 3), (4 + m, 6 + m, 3)],
+    "two launches": [(3, 5, 2), (3, 5, 2), (4, 5, 3), (4 + m, 6 + m, 3)],
+    "tribn": [(2, 3, 2), (2, 3, 2), (3, 3, 3), (3 + m, 4 + m, 3)],
     "single read": [(2, 3, 2), (2, 3, 2), (3, 3, 3), (3 + m, 4 + m, 3)],
 }
+OPERATIONS = ["bn", "bn_relu", "bn_add", "bn_add_relu"]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_units(path):
-    ops = ["bn", "bn_relu", "bn_add", "bn_add_relu"]
-    models = [PATHS[path][op] for op in ops]
+    models = [PATHS[path][op] for op in OPERATIONS]
     units = [tuple(model.units(d, itemsize=2) for d in PASSES) for model in models]
     assert units == EXPECTED[path]
+
+
+def test_what_is_not_held_is_read_again():
+    """But for what is added in forward, which only the second visit reads."""
+    models = [PATHS["tribn"][op] for op in OPERATIONS]
+    units = [tuple(model.units(d, itemsize=2, held=False) for d in PASSES) for model in models]
+    assert units == [(3, 5, 2), (3, 5, 2), (4, 5, 3), (4 + m, 6 + 2 * m, 3)]
 
 
 def test_bits_weigh_less_beside_wider_elements():
@@ -56,17 +64,55 @@ def report(*argv, out):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("batch", [32, 128])
-def test_resnet50_in_units_of_all_its_tensors(batch, tmp_path):
-    found = report("--batch", str(batch), out=tmp_path)
+@pytest.mark.parametrize(
+    ("layout", "batch", "tribn", "again"),
+    [
+        *[("channels-first", batch, 6.1, [0, 0]) for batch in (32, 128, 256)],
+        ("channels-last", 32, 6.2, [0, 0.07]),
+        ("channels-last", 128, 7.2, [0.07, 0.51]),
+        ("channels-last", 256, 7.6, [0.51, 0.51]),
+    ],
+)
+def test_resnet50_in_units_of_all_its_tensors(layout, batch, tribn, again, tmp_path, capsys):
+    found = report("--batch", str(batch), "--layout", layout, out=tmp_path)
     assert sum(row["count"] for row in found["rows"]) == 53
     totals = {t["path"]: round(t["units"]["both"], 1) for t in found["totals"]}
     assert totals == {
         "eager": 13.8,
         "torch.compile": 10.5,
-        "tribn": 9.1,
+        "two launches": 9.1,
+        "tribn": tribn,
         "single read": 6.1,
     }
+    bytes_of = [row["count"] * row["bytes"] for row in found["rows"]]
+    for direction, share in zip(("forward", "backward"), again, strict=True):
+        twice = [row["tiers"][direction] == "memory" for row in found["rows"]]
+        part = sum(n for n, too_large in zip(bytes_of, twice, strict=True) if too_large)
+        assert round(part / sum(bytes_of), 2) == share
+    forward, backward = again
+    printed = f"forward {forward:.0%}, backward {backward:.0%}"
+    assert (printed in capsys.readouterr().out) == any(again)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layout", "tiers", "units"),
+    [
+        (Layer((8, 512, 7, 7)), "channels-first", ("registers", "registers"), (2, 3)),
+        (Layer((128, 512, 7, 7)), "channels-last", ("registers", "l2"), (2, 3)),
+        (Layer((256, 64, 112, 112), "relu"), "channels-first", ("l2", "l2"), (2, 3)),
+        (Layer((128, 64, 56, 56), "relu"), "channels-last", ("l2", "memory"), (2, 5)),
+        (Layer((256, 64, 56, 56)), "channels-last", ("memory", "memory"), (3, 5)),
+        (
+            *(Layer((256, 256, 56, 56), "relu", residual=True), "channels-last"),
+            *(("memory", "memory"), (4 + m, 6 + 2 * m)),
+        ),
+    ],
+)
+def test_tribn_reads_again_what_does_not_fit(layer, layout, tiers, units):
+    """Half of the L2 cache is 25 MiB; with channels last a slab is 32 of them in all images."""
+    row = traffic.row(layer, layout, 2, H100)
+    assert tuple(row["tiers"].values()) == tiers
+    assert tuple(row["units"]["tribn"][d] for d in row["tiers"]) == units
 
 
 def test_totals_weigh_layers_by_their_bytes_and_number():
@@ -98,9 +144,10 @@ def test_every_layer_has_a_row_and_no_path_beats_the_floor(name, layout):
             floor = row["units"]["single read"][direction]
             assert all(units[direction] >= floor > 0 for units in row["units"].values())
             assert floor * row["bytes"] == layer.minimum_bytes(direction, 2)
-        launches = row["tribn_launches"]
-        assert launches["eval"] == 1
-        assert launches["forward"] == launches["backward"] in (2, 3)
+        for direction, tier in row["tiers"].items():
+            assert tier in ("registers", "l2", "memory")
+            of = {path: units[direction] for path, units in row["units"].items()}
+            assert (of["tribn"] > of["single read"]) == (tier == "memory")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +191,9 @@ def inputs():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("path", "operation"), [("eager", eager), ("tribn", fused)])
+@pytest.mark.parametrize(
+    ("path", "operation"), [("eager", eager), ("two launches", fused), ("tribn", fused)]
+)
 def test_saved_for_backward(path, operation, op):
     x, *others = inputs()
     saved = {}
@@ -202,7 +251,10 @@ def test_report_of_a_set(tmp_path, capsys):
     assert found["environment"]["tribn"] == tribn.__version__
     assert found["gpu"]["bandwidth"] == 300e9
     assert found["rows"][0]["bytes"] == 1024 * 256 * 4
-    stats, combine, normalize = found["kernels"]["tribn"]["bn_relu"]["forward"]
+    assert [row["tiers"]["forward"] for row in found["rows"]] == ["registers", *["l2"] * 4]
+    (forward,) = found["kernels"]["tribn"]["bn_relu"]["forward"]
+    assert (forward["reads"], forward["again"], forward["writes"]) == ("x", "x", "y")
+    stats, combine, normalize = found["kernels"]["two launches"]["bn_relu"]["forward"]
     assert (stats["reads"], stats["writes"], stats["units"]) == ("x", "", 1)
     assert (combine["name"], combine["when_combined"], combine["units"]) == ("combine", True, 0)
     assert (normalize["reads"], normalize["writes"], normalize["units"]) == ("x", "y", 2)
@@ -211,18 +263,32 @@ def test_report_of_a_set(tmp_path, capsys):
     assert "NVIDIA L4" in printed
 
 
+def test_names_tell_results_apart(tmp_path):
+    main(["traffic", "--net", "pointnet", "--out", str(tmp_path)])
+    options = ["--batch", "8", "--dtype", "fp32", "--layout", "channels-last", "--device", "A100"]
+    main(["traffic", "--net", "pointnet", "--out", str(tmp_path), *options])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "traffic-pointnet.json",
+        "traffic-pointnet-8-fp32-channels-last-A100.json",
+    }
+
+
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
 @pytest.mark.parametrize(("net", "panels"), [("resnet50", 4), ("unet3d", 2)])
-def test_figure_says_what_the_report_says(net, panels, tmp_path):
-    found = report("--net", net, out=tmp_path)
+def test_figure_says_what_the_report_says(net, panels, layout, tmp_path):
+    found = report("--net", net, "--layout", layout, out=tmp_path)
     ((figure, caption),) = draw(found).values()
-    assert "not timed" in caption
+    for words in ("not timed", layout, "NVIDIA H100 SXM5 80 GB"):
+        assert words in caption
     assert len(figure.axes) == panels
-    whole = figure.axes[0]
-    drawn = {path.get_text() for path in whole.get_yticklabels()}
-    assert drawn == set(PATHS)
-    ends = [bar.get_x() + bar.get_width() for bar in whole.containers[1]]
-    totals = [total["units"]["both"] for total in found["totals"]]
-    assert ends == pytest.approx(totals, rel=1e-5)  # JSON has six digits
+    drawn = [path.get_text() for path in figure.axes[0].get_yticklabels()]
+    assert drawn == list(PATHS)
+    ops = dict.fromkeys(row["op"] for row in found["rows"])
+    shown = [found["totals"], *(found["ops"][op] for op in ops)]
+    for axes, totals in zip(figure.axes, shown, strict=True):
+        ends = [bar.get_x() + bar.get_width() for bar in axes.containers[1]]
+        both = [total["units"]["both"] for total in totals]
+        assert ends == pytest.approx(both, rel=1e-5)  # JSON has six digits
 
 
 def test_figure_is_drawn_by_plot(tmp_path):

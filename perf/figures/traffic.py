@@ -17,19 +17,17 @@ BOUND = "single read"  # drawn paler than what runs
 def draw(report: dict[str, Any]) -> dict[str, tuple[Figure, str]]:
     """The figure and its caption, by the suffix of its file."""
     rows = report["rows"]
-    units = {row["op"]: row["units"] for row in rows}
-    figure = new_figure(height=5)
-    panels = figure.subplot_mosaic(
-        [["all"] * len(units), list(units)], height_ratios=(1.3, 1), sharey=True
-    )
+    of_ops = shares(rows)
+    ops = list(of_ops)
+    figure = new_figure(height=5.6)
+    panels = figure.subplot_mosaic([["all"] * len(ops), ops], height_ratios=(1.3, 1), sharey=True)
     layers = sum(row["count"] for row in rows)
-    totals = {total["path"]: total["units"] for total in report["totals"]}
-    bars(panels["all"], totals, f"{report['name']}, {layers} layers", characters=80)
+    bars(panels["all"], report["totals"], f"{report['name']}, {layers} layers", characters=80)
     panels["all"].legend(frameon=False, fontsize=9, loc="lower right")
-    for op, share in shares(rows).items():
+    for op, share in of_ops.items():
         name = "+".join(NAMES.get(part, part) for part in op.split("_"))
-        bars(panels[op], units[op], f"{name}, {share:.0%} of bytes", characters=40)
-    for op in list(units)[1:]:
+        bars(panels[op], report["ops"][op], f"{name}, {share:.0%} of bytes", characters=40)
+    for op in ops[1:]:
         panels[op].tick_params(labelleft=False)
     limit = max(axes.get_xlim()[1] for axes in panels.values())
     for axes in panels.values():
@@ -45,17 +43,18 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {op: size / sum(found.values()) for op, size in found.items()}
 
 
-def bars(axes: Axes, units: dict[str, dict[str, float]], text: str, characters: int) -> None:
+def bars(axes: Axes, totals: list[dict[str, Any]], text: str, characters: int) -> None:
     """One for each path: forward, then backward."""
     title(axes, text, characters)
-    left = [0.0] * len(units)
+    paths = [total["path"] for total in totals]
+    left = [0.0] * len(paths)
     for direction, color in COLORS.items():
-        widths = [of[direction] for of in units.values()]
-        drawn = axes.barh(list(units), widths, left=left, color=color, label=direction)
-        for path, bar in zip(units, drawn, strict=True):
+        widths = [total["units"][direction] for total in totals]
+        drawn = axes.barh(paths, widths, left=left, color=color, label=direction)
+        for path, bar in zip(paths, drawn, strict=True):
             bar.set_alpha(0.5 if path == BOUND else 1)
         left = [sum(pair) for pair in zip(left, widths, strict=True)]
-    axes.bar_label(drawn, [f"{total:.1f}" for total in left], padding=3, fontsize=9)
+    axes.bar_label(drawn, [f"{end:.1f}" for end in left], padding=3, fontsize=9)
     axes.margins(x=0.15)
     axes.set_xlabel("tensors read and written", fontsize=9)
     axes.yaxis.set_inverted(True)
@@ -67,8 +66,10 @@ def caption(report: dict[str, Any]) -> str:
     batch = f", batch {report['batch']}" if report["batch"] else ""
     return (
         "Bytes counted, not timed: tensors of the activation's size read and written, weighted by "
-        f"size ({report['dtype']}{batch}). Holds for tensors larger than the L2 cache. tribn: "
-        "checked against the loads and stores of its kernels in Triton's interpreter; eager and "
-        "torch.compile: a model of their kernels. Pale: the least possible, the input read once. "
+        f"size ({report['dtype']}, {report['layout']}{batch}). Holds for tensors larger than the "
+        "L2 cache. tribn: checked against its kernels' loads and stores in Triton's interpreter; "
+        f"what its plans for {report['gpu']['name']} keep in registers or half of the L2 cache "
+        "counts as read once. Two launches: tribn where programs cannot wait for each other. "
+        "eager, torch.compile: a model of their kernels. Pale: the least possible. "
         f"tribn {taken['tribn']} ({taken['revision']})."
     )
