@@ -122,21 +122,22 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
                 f"input of shape {tuple(input.shape)} has {C} channels in axis "
                 f"{self.channel_axis}: this layer has num_features={self.num_features}"
             )
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
         training = self.training and not self.frozen
         # As in torch.nn: without running statistics, evaluation uses the batch's too.
-        batch = training or (self.running_mean is None and self.running_var is None)
+        batch = training or (running_mean is None and running_var is None)
         tracked = self.track_running_stats or not training
         return batch_norm(
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
+            running_mean if tracked else None,
+            running_var if tracked else None,
+            weight,
+            bias,
             batch,
             self.momentum,
             self.eps,
             channel_axis=self.channel_axis,
-            num_batches_tracked=self.num_batches_tracked if batch and tracked else None,
+            num_batches_tracked=num_batches_tracked if batch and tracked else None,
             activation=self.activation,
             order=self.order,
             residual=residual,
@@ -146,6 +147,19 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             correction=self.correction,
             memory=self.memory,
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        parameters, buffers = self._parameters, self._buffers
+        try:  # self.weight takes nn.Module ten times as long
+            return (
+                *(parameters["weight"], parameters["bias"]),
+                *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
+            )
+        except KeyError:  # pruned, parametrized and replicated ones are elsewhere
+            return (
+                *(self.weight, self.bias),
+                *(self.running_mean, self.running_var, self.num_batches_tracked),
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = self._kept()
