@@ -32,7 +32,9 @@ def program(
     """What a program works on: its channels, int64 [BLOCK_C], which of them exist, its split, and
     the first and last (excluded) of its tiles."""
     channel_blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)  # 64-bit divisions are calls, and slow
-    c = (pid % channel_blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Unsigned for the channel, signed for the split: by either alone ptxas spills in some kernel.
+    block = tl.cast(pid, tl.uint32) % channel_blocks.to(tl.uint32)
+    c = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     if CHANNELS_LAST:
         C = C // VEC * VEC
     g = pid // channel_blocks
