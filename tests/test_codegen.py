@@ -64,21 +64,23 @@ def compile_all(target, x, fused=True):
     C = x.shape[1]
     f32, f64 = (torch.empty(C, dtype=dtype, device="meta") for dtype in (F32, F64))
     stat = f64 if x.dtype == F64 else f32
-    same = torch.empty(C, dtype=x.dtype, device="meta")
+    half = torch.empty(C, dtype=x.dtype if x.element_size() == 2 else BF16, device="meta")
     counter = torch.empty((), dtype=torch.int64, device="meta")
 
-    def train(*args, momentum=0.1, act=PLAIN, residual=None, mask=None, bits=False):
-        statistics = (*args[2:], momentum, 1, False)
+    def train(*args, momentum=0.1, skip=False, act=PLAIN, residual=None, mask=None, bits=False):
+        statistics = (*args[2:], momentum, 1, skip)
         kernels.batch_norm_train(x, *args[:2], residual, mask, *statistics, 1e-5, 1, *act, bits)
 
     def evaluate(act=PLAIN, residual=None, bits=False):
         kernels.batch_norm_eval(x, stat, stat, f32, f32, residual, None, 1e-5, 1, *act, bits)
 
-    def backward(x, weight, training, wanted, act=PLAIN, residual=None, bits=None, mask=None):
+    def backward(
+        x, weight, training, wanted, act=PLAIN, residual=None, bits=None, mask=None, inplace=False
+    ):
         count = None if mask is None else counter
         tensors = (dy, x, stat, stat, weight, weight, residual, bits, mask, count)
-        dtype = dy.dtype
-        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *act, False, dtype, dtype, wanted)
+        flags = (*act, inplace, dy.dtype, dy.dtype, wanted)
+        kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *flags)
 
     dy, mask = x, x.select(1, 0).to(torch.bool)
     bits = new_bits(x, 1)
@@ -86,7 +88,7 @@ def compile_all(target, x, fused=True):
     with compiling(target) as compiled:
         kernels.batch_stats(x, None, 1)
         train(f32, f32, f32, f32, counter, momentum=None)
-        train(same, None, same, same, counter)
+        train(half, None, half, half, counter, skip=True)
         train(*none)
         evaluate()
         backward(x, f32, True, every)
@@ -107,6 +109,8 @@ def compile_all(target, x, fused=True):
         backward(x, f32, True, every, gelu, residual=x, mask=mask)
         backward(x, f32, True, every, ("gelu_tanh", 0.0, 0.0, True))
         backward(None, f32, False, [True, False, False, True], relu, bits=bits)
+        for name in ("leaky_relu", "elu"):
+            backward(x, f32, True, every, (name, 1.0, 0.0, False), inplace=True)
     return compiled
 
 
@@ -159,8 +163,7 @@ def test_no_activation_needs_more_than_there_is(activation, act_first, name):
     x = tensor(*TENSORS[name][:3])
     for kernel in compile_training("sm_90", x, (activation, 0.0, 0.0, act_first)):
         found = resources(kernel)
-        # At 80 registers ptxas puts one number aside, which it reads back once a tile.
-        assert found.spills <= 2 * (found.registers == 80), found
+        assert found.spills == 0, found
         assert found.registers <= 128, found
         if (stage := found.name.removesuffix("_kernel")) in TENSOR_KERNELS:
             assert found.loads[2] == found.stores[2] == 0, found

@@ -156,10 +156,28 @@ def test_torchs_layers_are_restored_after_a_failure():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_progress_is_shown_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+class Stream(torch.utils.data.IterableDataset):
+    """Has no length, and so has no loader of it."""
+
+    def __iter__(self):
+        return iter(batches())
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
     model = nn.Sequential(tribn.BatchNorm2d(3))
-    tribn.update_stats(model, batches())
-    assert "update_stats: 3/3 batches" in capsys.readouterr().err
-    tribn.update_stats(model, iter(batches()), progress=False)
-    assert not capsys.readouterr().err
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
+
+    def shown(loader, **options):
+        tribn.update_stats(model, loader, **options)
+        return capsys.readouterr().err
+
+    assert not shown(batches())
+    assert not shown(stream)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert not shown(batches(), progress=False)
+    bars = [f"\rupdate_stats [{'#' * 10 * n:<30}] {n}/3 batches" for n in range(4)]
+    assert shown(batches()) == "".join(bars) + "\n"
+    assert shown(stream) == "".join(f"\rupdate_stats {n} batches" for n in range(4)) + "\n"
+    with pytest.raises(ValueError, match="5 channels"):
+        tribn.update_stats(model, [torch.randn(2, 5, 4, 4)])
+    assert capsys.readouterr().err.endswith("0/1 batches\n")

@@ -143,12 +143,15 @@ def batch_norm_eval(
     With `act_first`, (act(x) - mean) / sqrt(var + eps) * weight + bias + residual. The bits tell
     for which elements, where the mask is true, the activation's gradient is that of the identity.
     """
+    if x.numel() and activation is None and residual is None and mask is None:
+        z = _normalize(x, mean, var, weight, bias, eps, axis)
+        stride = torch.empty_like(x, device="meta").stride()  # without its memory
+        if z.dtype != x.dtype or z.stride() != stride:
+            z = torch.empty_like(x).copy_(z)
+        return z, None
     y = output(x, residual)
     if not x.numel():
         return y, new_bits(y, axis) if save_bits else None
-    if activation is None and residual is None and mask is None:
-        z = _normalize(x, mean, var, weight, bias, eps, axis)
-        return z if z.dtype == y.dtype and z.stride() == y.stride() else y.copy_(z), None
     act = Activation(activation, p, q)
     x = x.to(accumulator(y.dtype))
     z = _normalize(act(x) if act_first else x, mean, var, weight, bias, eps, axis)

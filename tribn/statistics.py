@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from tribn.functional import batch_stats, merge_stats
 from tribn.nn import Layer
+
+WIDTH = 30  # of the progress bar
 
 Moments = tuple[Tensor, Tensor, Tensor]  # mean (C,), biased variance (C,), count
 
@@ -37,7 +40,7 @@ def update_stats(
         model: is called with each batch.
         loader: batches; of one that is a list or tuple the first element.
         device: where batches are moved to, if given.
-        progress: show how far it has come, if the standard error is a terminal.
+        progress: show a bar of how far it has come, if the standard error is a terminal.
 
     Raises:
         ValueError: the loader is empty, or there is no layer to set.
@@ -113,12 +116,21 @@ def update_stats(
 
 
 def _shown(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with their number on a terminal."""
-    total = f"/{len(loader)}" if isinstance(loader, Sized) else ""
-    shown = sys.stderr.isatty()
-    for done, batch in enumerate(loader, start=1):
-        yield batch
-        if shown:
-            print(f"\rupdate_stats: {done}{total} batches", end="", file=sys.stderr, flush=True)
-    if shown:
+    """The batches, with a bar of those that are done, if the standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield from loader
+        return
+    total = length_hint(loader)  # 0 if it is not known
+
+    def show(done: int) -> None:
+        bar = "#" * min(WIDTH * done // total, WIDTH) if total else ""
+        of = f" [{bar:<{WIDTH}}] {done}/{total}" if total else f" {done}"
+        print(f"\rupdate_stats{of} batches", end="", file=sys.stderr, flush=True)
+
+    try:
+        show(0)
+        for done, batch in enumerate(loader, start=1):
+            yield batch
+            show(done)
+    finally:
         print(file=sys.stderr)

@@ -166,7 +166,7 @@ def tanh_grad(dy, z, p, q):
 
 @triton.jit
 def softplus(z, p, q):
-    return tl.where(z * p > q, z, log1p(tl.exp(z * p)) / p)
+    return tl.where(z * p > q, z, log1p(tl.exp(z * p)) * (1.0 / p))
 
 
 @triton.jit
