@@ -61,10 +61,11 @@ class Device:
 
     def programs_per_sm(self, warps: int, registers: int, shared: int) -> int:
         """Of so many registers a thread, and bytes of shared memory, at a time."""
-        by_registers = self.registers // (4 * warps * self.warp * max(_up(registers, 8), 1))
-        by_threads = self.threads // (warps * self.warp)
+        # Each of four schedulers has a quarter of the registers, and gives them out by eights.
+        of_scheduler = self.registers // 16 // (self.warp * _up(max(registers, 1), 8))
+        held = min(4 * of_scheduler, self.threads // self.warp) // warps
         # Every program takes 1 KB for the system.
-        return min(by_registers, by_threads, self.shared // (_up(shared, 128) + 1024), 32)
+        return min(held, self.shared // (_up(shared, 128) + 1024), 32)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def single_read_plan(
     `inputs` are the tensors that are read twice. Tile and tier do not depend on how many programs
     a multiprocessor holds, which only compiling the kernel for them tells.
     """
-    most = HELD_PER_THREAD // inputs // (itemsize // 4 or 1)
+    most = HELD_PER_THREAD // inputs // (4 if itemsize == 8 else 1)
     # Slabs as narrow as memory allows: in runs of 64 bytes, the least that DRAM moves, over
     # neighbouring channels, and of 256 over planes, which start anywhere.
     narrow = 64 // itemsize

@@ -227,14 +227,15 @@ def compile(kernel: Any, kept: Kept, args: Sequence[Any], facts: Device) -> Any:
     def compiled(**more: Any) -> Any:
         return kernel.warmup(*args, *kept.constants, grid=plan.grid, **options, **more)
 
-    if plan.tier is not None and driver.active.get_current_target().backend == "cuda":
-        for programs in (3, 2):
-            most = facts.registers // (4 * programs * facts.warp * plan.num_warps) // 8 * 8
-            if most < 255:
-                tight = compiled(maxnreg=most)
-                if not needs(tight)[1]:
-                    return tight
-    return compiled()
+    found = None if plan.tier else compiled()
+    if driver.active.get_current_target().backend != "cuda":
+        return found or compiled()
+    for programs in (3, 2, 1):
+        if found is not None and not needs(found)[1]:
+            break
+        most = facts.registers // (4 * programs * facts.warp * plan.num_warps) // 8 * 8
+        found = compiled(maxnreg=min(most, 255))
+    return found
 
 
 def needs(compiled: Any) -> tuple[int, int, int]:
