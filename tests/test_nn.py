@@ -576,3 +576,15 @@ def test_compiled_with_all_that_is_fused_equals_eager(options, device):
 
     for result, expected in zip(train(compiled), train(eager), strict=True):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_with_another_momentum_and_other_sizes_equals_eager(device):
+    torch._dynamo.reset()
+    eager = tribn.BatchNorm1d(3, device=device)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    for i, momentum in enumerate((0.1, 0.2, 0.3)):  # from the second on as a variable
+        eager.momentum = compiled.momentum = momentum
+        x = randn((4 + i, 3, 5), device, seed=i)
+        assert torch.equal(compiled(x), eager(x))
+        assert torch.equal(compiled.running_var, eager.running_var)

@@ -1,9 +1,13 @@
-"""The operators against their schemas and fakes, and the bits that one hands on to another."""
+"""The operators against their schemas and fakes, the bits that one hands on to another, and when
+the dispatcher is left out."""
 
 import pytest
 import torch
 from cases import BF16, EPS, F16, F32, F64, LAYOUTS, PLAIN, strides
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import tribn
 from tribn import ops, reference
 
 RELU, SILU = ("relu", 0.0, 0.0, False), ("silu", 0.0, 0.0, False)
@@ -73,3 +77,167 @@ def test_unpack_is_the_inverse_of_pack(shape, axis, layout):
     signs = reference.unpack(bits, y, axis)
     assert torch.equal(signs, on.float() * 2 - 1)
     assert strides(signs) == strides(y)
+
+
+def step(layer, x):
+    y = layer(x)
+    return y.detach(), *torch.autograd.grad(y, [x, layer.weight], torch.ones_like(y))
+
+
+@pytest.fixture
+def known(device):
+    """A layer and an input that it has seen so often that the dispatcher is left out."""
+    layer = tribn.BatchNorm2d(3, activation="relu", device=device)
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    for _ in range(3):
+        step(layer, x)
+    return layer, x
+
+
+class Recorded:
+    """An operator that notes when the dispatcher is called."""
+
+    def __init__(self, name, names):
+        self._opname, self._operator, self._names = name, getattr(ops, name), names
+
+    def __call__(self, *args):
+        self._names.append(self._opname)
+        return self._operator(*args)
+
+
+BOTH = ["batch_norm_train", "batch_norm_backward"]
+
+
+def test_calls_like_those_before_go_past_the_dispatcher(known, monkeypatch):
+    layer, x = known
+    names = []
+    for name in BOTH:
+        monkeypatch.setattr(ops, name, Recorded(name, names))
+    step(layer, x)
+    assert names == []
+    other = torch.randn_like(x).transpose(2, 3).requires_grad_()
+    results = step(layer, other)
+    assert names == BOTH[:1]  # backward's tensors may have any strides
+    for result, expected in zip(step(layer, other), results, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+class Dispatch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Function(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Dispatch, Function])
+def test_modes_see_the_operators(mode, known):
+    layer, x = known
+    with mode() as active:
+        step(layer, x)
+    assert "tribn.batch_norm_train.default" in active.seen
+
+
+def test_the_profiler_sees_the_operators(known):
+    with torch.autograd.profiler.profile() as profile:
+        step(*known)
+    assert {f"tribn::{name}" for name in BOTH} <= {event.name for event in profile.function_events}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_subclasses_stay_what_they_are(known):
+    layer, x = known
+    assert type(layer(x.as_subclass(Subclass))) is Subclass
+
+
+def test_values_that_are_only_marked_negative_are_negated(known):
+    layer, x = known
+    marked = torch.complex(x.detach(), -x.detach()).conj().imag
+    assert marked.is_neg()
+    y = layer(x)
+    assert torch.equal(layer(marked), y)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, x, dy, retain_graph=True)
+    assert torch.equal(*torch.autograd.grad(y, x, torch.complex(dy, -dy).conj().imag), *expected)
+
+
+def test_batched_gradients(known):
+    layer, x = known
+    y = layer(x)
+    dys = torch.randn(2, *y.shape, device=y.device)
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    for dx, dy in zip(batched, dys, strict=True):
+        torch.testing.assert_close((dx,), torch.autograd.grad(y, x, dy, retain_graph=True))
+
+
+CHANGES = {
+    "input dtype": (lambda layer, x: x.data.long(), TypeError, "input is torch.int64"),
+    "input layout": (lambda layer, x: x.detach().to_sparse(), TypeError, "input is torch.sparse"),
+    "weight size": (lambda layer, x: setattr(layer.weight, "data", torch.ones(4)), ValueError, "4"),
+    "statistic expanded": (
+        lambda layer, x: setattr(layer, "running_mean", torch.zeros(1).expand(3).to(x.device)),
+        ValueError,
+        "running_mean is expanded",
+    ),
+    "statistic trained": (
+        lambda layer, x: setattr(layer.running_var, "requires_grad", True),
+        ValueError,
+        "running_var requires a gradient",
+    ),
+    "statistics twice": (
+        lambda layer, x: setattr(layer, "running_mean", layer.running_var),
+        ValueError,
+        "one tensor",
+    ),
+    "statistic missing": (
+        lambda layer, x: setattr(layer, "running_mean", None),
+        ValueError,
+        "running_var is given without running_mean",
+    ),
+    "counter dtype": (
+        lambda layer, x: setattr(layer, "num_batches_tracked", layer.running_mean.sum()),
+        TypeError,
+        "num_batches_tracked is torch.float32",
+    ),
+    "eps": (lambda layer, x: setattr(layer, "eps", -1.0), ValueError, "eps is -1.0"),
+    "momentum": (lambda layer, x: setattr(layer, "momentum", [0.1]), TypeError, "momentum is"),
+    "correction": (lambda layer, x: setattr(layer, "correction", True), ValueError, "correction"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_checked(change, known):
+    layer, x = known
+    apply, error, text = CHANGES[change]
+    changed = apply(layer, x)
+    before = [t.clone() for t in layer.buffers()]
+    with pytest.raises(error, match=text):
+        layer(x if changed is None else changed)
+    assert all(map(torch.equal, layer.buffers(), before))
+
+
+def test_what_is_kept_follows_what_requires_a_gradient(known):
+    layer, x = known
+    expected = step(layer, x)
+    frozen = tribn.BatchNorm2d(3, activation="relu", device=x.device).requires_grad_(False)
+    for _ in range(4):  # now one, now the other, with the same numbers and shapes
+        y = frozen(x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        torch.testing.assert_close((y.detach(), dx), expected[:2])
+        torch.testing.assert_close(step(layer, x), expected)
+        assert not frozen(x.detach()).requires_grad

@@ -11,6 +11,7 @@ Kept for backward are two (C,) statistics, weight and bias, and of what is as la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,21 +25,69 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Options(NamedTuple):
-    """What both modes take besides tensors."""
+    """What goes with the tensors of a call, and what of the large ones backward needs."""
 
+    training: bool
     eps: float
     axis: int
     activation: Activation
     act_first: bool
     inplace: bool
-    grad: bool  # whether a backward may follow
+    keep_x: bool
+    keep_residual: bool
+    forward: tuple[Any, ...]  # what the forward operator takes behind its tensors
+    backward: tuple[Any, ...]  # and that of backward, but for what it takes last
+    signature: ops.Signature | None  # of backward's tensors; None where nothing may be remembered
 
-    @property
-    def act(self) -> tuple[str | None, float, float, bool]:
-        return *self.activation, self.act_first
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[Tensor | None],  # input, weight, bias and residual
+        training: tuple[float | None, int, bool] | None,  # momentum, correction, skip_nonfinite
+        eps: float,
+        axis: int,
+        activation: Activation,
+        act_first: bool,
+        inplace: bool,
+        grad: bool,  # whether a backward may follow
+        signature: ops.Signature | None,
+    ) -> Options:
+        needs = [grad and t is not None and t.requires_grad for t in tensors]
+        x, residual, bits = _keep(
+            needs, training is not None, tensors[-1] is not None, activation, act_first
+        )
+        act = (*activation, act_first)
+        return cls(
+            *(training is not None, eps, axis, activation, act_first, inplace, x, residual),
+            (*(training or ()), eps, axis, *act, bits),
+            (eps, training is not None, axis, *act),
+            signature,
+        )
 
 
-class BatchNormTrain(torch.autograd.Function):
+def _keep(
+    needs: Sequence[bool], training: bool, residual: bool, activation: Activation, act_first: bool
+) -> tuple[bool, bool, bool]:
+    """Whether x, the residual and bits are kept, given what gradients are needed."""
+    needs_x, needs_weight, *_ = needs
+    x = needs_weight or (training and needs_x)
+    if activation.name is None or not (needs_x if act_first else any(needs)):
+        return x, False, False
+    residual_tells = residual and not act_first
+    if activation.one_bit and (residual_tells or not x):
+        return x, False, True
+    return True, residual_tells, False
+
+
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if args[-1]:  # Function.apply looks at every argument, for functorch: not at plain ones.
+            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return super().apply(*args)
+
+
+class BatchNormTrain(_Function):
     """Normalization by the statistics of the batch."""
 
     @staticmethod
@@ -52,27 +101,26 @@ class BatchNormTrain(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        correction: int,
-        skip_nonfinite: bool,
         options: Options,
+        plain: bool,
     ) -> Tensor:
-        keep = _Keep.of(ctx.needs_input_grad[:4], True, residual, options)
-        keep = keep._replace(output=keep.x and options.inplace and _can_undo(weight, bias))
-        y, mean, var, count, bits = ops.batch_norm_train(
-            *(x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked),
-            *(momentum, correction, skip_nonfinite, options.eps, options.axis),
-            *(*options.act, keep.bits),
+        from_output = options.inplace and options.keep_x and _can_undo(weight, bias)
+        y, mean, var, count, bits = ops.run(
+            *(ops.batch_norm_train, plain, x, weight, bias, residual, mask),
+            *(running_mean, running_var, num_batches_tracked, *options.forward),
         )
-        keep.save(ctx, x, weight, bias, residual, mask, y, mean, var, count, bits, options)
+        kept = y if from_output else x
+        _save(
+            ctx, options, kept, mean, var, weight, bias, residual, bits, mask, count, y, from_output
+        )
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy, True, ctx.needs_input_grad[:4]), *(None,) * 8
+        return *_backward(ctx, dy), *(None,) * 6
 
 
-class BatchNormEval(torch.autograd.Function):
+class BatchNormEval(_Function):
     """Normalization by given statistics, which are constants."""
 
     @staticmethod
@@ -86,68 +134,41 @@ class BatchNormEval(torch.autograd.Function):
         mean: Tensor,
         var: Tensor,
         options: Options,
+        plain: bool,
     ) -> Tensor:
-        keep = _Keep.of(ctx.needs_input_grad[:4], False, residual, options)
-        y, bits = ops.batch_norm_eval(
-            *(x, mean, var, weight, bias, residual, mask, options.eps, options.axis),
-            *(*options.act, keep.bits),
+        y, bits = ops.run(
+            *(ops.batch_norm_eval, plain, x, mean, var, weight, bias, residual, mask),
+            *options.forward,
         )
-        keep.save(ctx, x, weight, bias, residual, mask, y, mean, var, None, bits, options)
+        _save(ctx, options, x, mean, var, weight, bias, residual, bits, mask, None, y, False)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy, False, ctx.needs_input_grad[:4]), *(None,) * 4
+        return *_backward(ctx, dy), *(None,) * 5
 
 
-class _Keep(NamedTuple):
-    """What of the large tensors backward needs."""
-
-    x: bool
-    residual: bool
-    bits: bool
-    output: bool = False  # in place of x
-
-    @classmethod
-    def of(
-        cls, needs: tuple[bool, ...], training: bool, residual: Tensor | None, options: Options
-    ) -> _Keep:
-        if not options.grad:  # which needs_input_grad does not tell
-            return cls(False, False, False)
-        needs_x, needs_weight, *_ = needs
-        x = needs_weight or (training and needs_x)
-        activation, act_first = options.activation, options.act_first
-        if activation.name is None or not (needs_x if act_first else any(needs)):
-            return cls(x, False, False)
-        residual_tells = residual is not None and not act_first
-        if activation.one_bit and (residual_tells or not x):
-            return cls(x, False, True)
-        return cls(True, residual_tells, False)
-
-    def save(
-        self,
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        y: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        count: Tensor | None,
-        bits: Tensor | None,
-        options: Options,
-    ) -> None:
-        kept = y if self.output else x
-        ctx.save_for_backward(
-            *(kept if self.x else None, mean, var, weight, bias),
-            *(residual if self.residual else None, bits, mask, count),
-        )
-        ctx.options, ctx.stride, ctx.dtype = options, y.stride(), x.dtype
-        ctx.kept_stride = kept.stride()
-        ctx.from_output = self.output
-        ctx.residual_dtype = None if residual is None else residual.dtype
+def _save(
+    ctx: Any,
+    options: Options,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor | None,
+    y: Tensor,
+    from_output: bool,
+) -> None:
+    ctx.save_for_backward(
+        *(x if options.keep_x else None, mean, var, weight, bias),
+        *(residual if options.keep_residual else None, bits, mask, count),
+    )
+    residual_dtype = None if residual is None else residual.dtype
+    ctx.facts = options, from_output, x.dtype, residual_dtype, y.stride(), x.stride()
 
 
 def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -167,38 +188,49 @@ def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
     return bool((size >= least).all())
 
 
-def _backward(ctx: Any, dy: Tensor, training: bool, needs: tuple[bool, ...]) -> Grads:
-    options: Options = ctx.options
-    x, *others = ctx.saved_tensors
-    if x is not None and x.stride() != ctx.kept_stride:  # a hook may have copied it
-        x = _with_stride(x, ctx.stride)
-    tensors, mask = (x, *others), others[-2]
+def _backward(ctx: Any, dy: Tensor) -> Grads:
+    options, from_output, dtype, residual_dtype, stride, kept_stride = ctx.facts
+    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    tensors = ctx.saved_tensors
+    x, mask = tensors[0], tensors[-2]
+    if x is not None and x.stride() != kept_stride:  # a hook may have copied it
+        tensors = (_with_stride(x, stride), *tensors[1:])
     # Nothing happens to the residual's gradient without an activation behind it, or a mask.
-    changed = mask is not None or (options.activation.name and not options.act_first)
-    wanted = [*needs[:3], bool(needs[3] and changed)]
+    changed = mask is not None or (options.activation.name is not None and not options.act_first)
+    wanted = [needs_x, needs_weight, needs_bias, needs_residual and changed]
     if torch.is_grad_enabled():
-        if ctx.from_output:
+        if from_output:
             raise RuntimeError(
                 "memory is 'inplace', which keeps no input: gradients of gradients need "
                 "memory='input'"
             )
         dx, dweight, dbias, dresidual = _differentiable_backward(
-            dy, *tensors, training=training, options=options, stride=ctx.stride, wanted=wanted
+            dy, *tensors, options=options, stride=stride, wanted=wanted
         )
         if dx is not None:
-            dx = _with_stride(dx.to(ctx.dtype), ctx.stride)
+            dx = _with_stride(dx.to(dtype), stride)
         if dresidual is not None:
-            dresidual = dresidual.to(ctx.residual_dtype)
+            dresidual = dresidual.to(residual_dtype)
     else:
         if x is None:  # dx takes its memory format from dy
-            dy = _with_stride(dy, ctx.stride)
-        dx, dweight, dbias, dresidual = ops.batch_norm_backward(
-            *(dy, *tensors, options.eps, training, options.axis, *options.act),
-            *(ctx.from_output, ctx.dtype, ctx.residual_dtype, wanted),
+            dy = _with_stride(dy, stride)
+        plain = _plain(options.signature, [t for t in (dy, *tensors) if t is not None])
+        dx, dweight, dbias, dresidual = ops.run(
+            *(ops.batch_norm_backward, plain, dy, *tensors, *options.backward),
+            *(from_output, dtype, residual_dtype, wanted),
         )
-    if needs[3] and not changed:
-        dresidual = dy.to(ctx.residual_dtype)
+    if needs_residual and not changed:
+        dresidual = dy.to(residual_dtype)
     return dx, dweight, dbias, dresidual
+
+
+def _plain(signature: ops.Signature | None, tensors: list[Tensor]) -> bool:
+    if signature is None or torch.compiler.is_compiling():
+        return False
+    if signature.recall(tensors):
+        return True
+    signature.remember(tensors, True)
+    return False
 
 
 def _with_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -217,13 +249,12 @@ def _differentiable_backward(
     mask: Tensor | None,
     count: Tensor | None,
     *,
-    training: bool,
     options: Options,
     stride: tuple[int, ...],
     wanted: list[bool],
 ) -> Grads:
     """The gradients by operations that can be differentiated again, for double backward."""
-    eps, axis, activation, act_first, *_ = options
+    training, eps, axis, activation, act_first, *_ = options
     dtype = accumulator(dy.dtype)
     shape = [-1 if d == axis else 1 for d in range(dy.dim())]
     others = [d for d in range(dy.dim()) if d != axis]

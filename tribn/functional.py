@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,62 +93,27 @@ def batch_norm(
     Reference: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
     Reducing Internal Covariate Shift", 2015.
     """
-    y: Tensor
-    axis = check_input(input, channel_axis, training)
-    if (running_mean is None) != (running_var is None):
-        given, missing = "running_mean", "running_var"
-        if running_mean is None:
-            given, missing = missing, given
-        raise ValueError(f"{given} is given without {missing}: give both or neither")
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if tensor is not None:
-            _check_channels(name, tensor, input, axis)
-    check_options(order, nonfinite, correction)
-    if residual is not None:
-        residual = _check_residual(residual, input)
-    mask = _mask(mask, lengths, input, axis)
-    act = parse(activation)
-    check_memory(memory, act, order, residual is not None)
-    options = Options(
-        eps, axis, act, order == "act_norm", memory == "inplace", torch.is_grad_enabled()
+    tensors = (
+        *(input, residual, mask, lengths, weight, bias),
+        *(running_mean, running_var, num_batches_tracked),
     )
-    tensors = (input, weight, bias, residual, mask)
-    check_bool("training", training)
-    check_number("eps", eps)
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError(
-                "running_mean and running_var are None: evaluation needs both; "
-                "use training=True to normalize by the batch's statistics"
-            )
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps is {eps}: it must not be negative or infinite")
-        y = BatchNormEval.apply(*tensors, running_mean, running_var, options)
-        return y
-    check_eps(eps)
-    if momentum is not None:
-        check_number("momentum", momentum)
-        if not math.isfinite(momentum):
-            raise ValueError(f"momentum is {momentum}: it must be finite, or None for an average")
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum is None: averaging over all batches needs num_batches_tracked")
-    if num_batches_tracked is not None:
-        _check_counter(num_batches_tracked, input)
-    statistics = (running_mean, running_var, num_batches_tracked)
-    for name, state in zip(_STATES, statistics, strict=True):
-        if state is not None:
-            _check_state(name, state)
-    if running_mean is not None and running_mean is running_var:
-        raise ValueError("running_mean and running_var are one tensor: they must be two")
-    if _computing_again():
-        statistics = (None, None, None)
-    skip = nonfinite == "skip"
-    y = BatchNormTrain.apply(*tensors, *statistics, momentum, correction, skip, options)
+    numbers = (
+        *(training, momentum, eps, channel_axis, parse(activation), order, nonfinite),
+        *(correction, memory, torch.is_grad_enabled()),
+    )
+    options, plain = _recall(tensors, numbers)
+    if lengths is not None:
+        mask = _mask(lengths, input, options.axis)
+    if residual is not None and residual.dtype not in _DTYPES:
+        residual = residual.to(input.dtype)
+    y: Tensor
+    if training:
+        running = (None, None, None) if _computing_again() else tensors[-3:]
+        y = BatchNormTrain.apply(input, weight, bias, residual, mask, *running, options, plain)
+    else:
+        y = BatchNormEval.apply(
+            input, weight, bias, residual, mask, running_mean, running_var, options, plain
+        )
     return y
 
 
@@ -173,7 +140,10 @@ def batch_stats(
         ValueError, TypeError: as `batch_norm`.
     """
     axis = check_input(input, channel_axis)
-    mean, var, count = ops.batch_stats(input.detach(), _mask(mask, lengths, input, axis), axis)
+    _check_mask(mask, lengths, input, axis)
+    if lengths is not None:
+        mask = _mask(lengths, input, axis)
+    mean, var, count = ops.batch_stats(input.detach(), mask, axis)
     return mean, var, count
 
 
@@ -190,6 +160,107 @@ def merge_stats(
     delta = new_mean - mean
     merged = var * (1 - share) + new_var * share + delta**2 * share * (1 - share)
     return mean + delta * share, merged, total
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _signatures(*key: object) -> tuple[ops.Signature, ops.Signature]:
+    """Of the tensors of forward, which options go along with, and of those of backward."""
+    return ops.Signature(exact=True), ops.Signature(exact=False)
+
+
+def _recall(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Options, bool]:
+    """The options, checked unless all is as in a call before, and whether the tensors are plain."""
+    if torch.compiler.is_compiling():
+        return _checked(None, *tensors, *numbers), False
+    try:
+        forward, backward = _signatures(tensors[0].shape, *map(type, tensors), *numbers)
+    except (AttributeError, RuntimeError, TypeError):  # no dense tensor, or a number that is none
+        forward, backward = _signatures.__wrapped__()
+    given = [t for t in tensors if t is not None]
+    options: Options | None = forward.recall(given)
+    if options is not None:
+        return options, True
+    options = _checked(backward, *tensors, *numbers)
+    forward.remember(given, options)
+    return options, False
+
+
+def _checked(
+    signature: ops.Signature | None,
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    channel_axis: int,
+    activation: Activation,
+    order: str,
+    nonfinite: str,
+    correction: int,
+    memory: str,
+    grad: bool,
+) -> Options:
+    axis = check_input(input, channel_axis, training)
+    if (running_mean is None) != (running_var is None):
+        given, missing = "running_mean", "running_var"
+        if running_mean is None:
+            given, missing = missing, given
+        raise ValueError(f"{given} is given without {missing}: give both or neither")
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is not None:
+            _check_channels(name, tensor, input, axis)
+    check_options(order, nonfinite, correction)
+    if residual is not None:
+        _check_residual(residual, input)
+    _check_mask(mask, lengths, input, axis)
+    check_memory(memory, activation, order, residual is not None)
+    check_bool("training", training)
+    check_number("eps", eps)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "running_mean and running_var are None: evaluation needs both; "
+                "use training=True to normalize by the batch's statistics"
+            )
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps is {eps}: it must not be negative or infinite")
+    else:
+        check_eps(eps)
+        if momentum is not None:
+            check_number("momentum", momentum)
+            if not -math.inf < momentum < math.inf:
+                raise ValueError(
+                    f"momentum is {momentum}: it must be finite, or None for an average"
+                )
+        elif running_mean is not None and num_batches_tracked is None:
+            raise ValueError(
+                "momentum is None: averaging over all batches needs num_batches_tracked"
+            )
+        if num_batches_tracked is not None:
+            _check_counter(num_batches_tracked, input)
+        statistics = (running_mean, running_var, num_batches_tracked)
+        for name, state in zip(_STATES, statistics, strict=True):
+            if state is not None:
+                _check_state(name, state)
+        if running_mean is not None and running_mean is running_var:
+            raise ValueError("running_mean and running_var are one tensor: they must be two")
+    return Options.of(
+        (input, weight, bias, residual),
+        (momentum, correction, nonfinite == "skip") if training else None,
+        *(eps, axis, activation, order == "act_norm", memory == "inplace", grad, signature),
+    )
 
 
 def _computing_again() -> bool:
@@ -275,8 +346,7 @@ def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int
     return axis
 
 
-def _check_residual(residual: Tensor, input: Tensor) -> Tensor:
-    """The residual in a floating dtype."""
+def _check_residual(residual: Tensor, input: Tensor) -> None:
     check_tensor("residual", residual)
     if residual.shape != input.shape:
         raise ValueError(
@@ -284,18 +354,14 @@ def _check_residual(residual: Tensor, input: Tensor) -> Tensor:
             "be equal; expand the residual if it is to be broadcast"
         )
     _check_device("residual", residual, input)
-    if residual.dtype in _DTYPES:
-        return residual
-    if residual.is_floating_point() or residual.is_complex():
+    if residual.dtype not in _DTYPES and (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(
             f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64 or an "
             "integer"
         )
-    return residual.to(input.dtype)
 
 
-def _mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis: int) -> Tensor | None:
-    """The mask that `mask` or `lengths` means."""
+def _check_mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis: int) -> None:
     shape = [size for d, size in enumerate(input.shape) if d != axis]
     if lengths is not None:
         check_tensor("lengths", lengths)
@@ -309,19 +375,22 @@ def _mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis: int)
         if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"lengths is {lengths.dtype}: it must be an integer")
         _check_device("lengths", lengths, input)
-        return torch.arange(shape[1], device=input.device) < lengths.unsqueeze(1)
-    if mask is None:
-        return None
-    check_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}: it must be bool")
-    if list(mask.shape) != shape:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}: for an input of shape {tuple(input.shape)} with "
-            f"channels in axis {axis} it must be {tuple(shape)}"
-        )
-    _check_device("mask", mask, input)
-    return mask
+    elif mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask is {mask.dtype}: it must be bool")
+        if list(mask.shape) != shape:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}: for an input of shape {tuple(input.shape)} "
+                f"with channels in axis {axis} it must be {tuple(shape)}"
+            )
+        _check_device("mask", mask, input)
+
+
+def _mask(lengths: Tensor, input: Tensor, axis: int) -> Tensor:
+    """The mask that `lengths` mean."""
+    length = input.shape[1 if axis == 2 else 2]
+    return torch.arange(length, device=input.device) < lengths.unsqueeze(1)
 
 
 def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None:

@@ -1,13 +1,15 @@
 """The operators: schemas, shapes for tracing, and which implementation serves which device.
 
 CPU tensors run `tribn.reference`, CUDA tensors run `tribn.kernels`. With TRITON_INTERPRET=1 in the
-environment at import, CPU tensors run the kernels too, in Triton's interpreter.
+environment at import, CPU tensors run the kernels too, in Triton's interpreter. The dispatcher
+decides; calls that repeat an earlier one, for which it would do nothing else, go past it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,30 +19,88 @@ from tribn import reference
 from tribn.reference import accumulator, new_bits, output
 
 _lib = torch.library.Library("tribn", "DEF")
+# Private to PyTorch: without it every call is checked and dispatched.
+_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        try:
-            from tribn import kernels
-        except ModuleNotFoundError as error:
-            if error.name != "triton":
-                raise
-            raise ImportError("tribn needs Triton for this tensor: pip install triton") from error
-        return getattr(kernels, name)(*args)
+@cache
+def _kernels() -> Any:
+    try:
+        from tribn import kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError("tribn needs Triton for this tensor: pip install triton") from error
+    return kernels
 
-    return call
+
+def run(operator: Any, plain: bool, *args: Any) -> Any:
+    """Calls an operator; if its tensors are `plain`, without the dispatcher."""
+    if not plain:
+        return operator(*args)
+    module = reference if args[0].is_cpu and not _INTERPRET else _kernels()
+    return getattr(module, operator._opname)(*args)
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     """Defines tribn::name; `reference` and `kernels` implement it under the same name."""
     _lib.define(name + schema)
-    kernel = _kernel(name)
-    _lib.impl(name, kernel if _INTERPRET else getattr(reference, name), "CPU")
-    _lib.impl(name, kernel, "CUDA")
+    operator = getattr(torch.ops.tribn, name).default
+    for key in ("CPU", "CUDA"):
+        _lib.impl(name, partial(run, operator, True), key)
     torch.library.register_fake(f"tribn::{name}", fake, lib=_lib)
-    return getattr(torch.ops.tribn, name).default
+    return operator
+
+
+class Signature:
+    """What tensors were like, by all that matters but their values, if they were plain.
+
+    Plain tensors are those in whose operators nothing has a say but CPU, CUDA and autograd: no
+    subclass, mode, transform or tracer. The comparison is that of torch.compile's guards: types,
+    dtypes, devices, ranks, requires_grad and dispatch keys, also those that modes add; and, where
+    it is to be exact, sizes and strides.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        self._exact = exact
+        self._last: tuple[int, Any, Any] = 0, None, None  # how many, their guards, what goes along
+        self._met = False
+
+    def recall(self, tensors: list[Tensor]) -> Any:
+        """What was remembered along with the last tensors if these are as they were; else None."""
+        count, guards, value = self._last
+        same = (
+            count == len(tensors)
+            and guards.check(*tensors)
+            and not torch._C._len_torch_function_stack()
+            and not torch._C._autograd._profiler_enabled()  # which shows operators
+        )
+        return value if same else None
+
+    def remember(self, tensors: list[Tensor], value: Any) -> None:
+        """Not at the first time, which may remain the only one: this takes longer than it saves."""
+        if self._met and _TensorGuards is not None and _plain(tensors):
+            free = None if self._exact else [[None] * t.dim() for t in tensors]
+            guards = _TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free)
+            self._last = len(tensors), guards, value
+        self._met = True
+
+
+# CPU and CUDA have the same keys but for these.
+_PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+for _key in ("AutogradCPU", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "BackendSelect"):
+    _PLAIN = _PLAIN.add(getattr(torch._C.DispatchKey, _key))
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    keys = torch._C._dispatch_tls_local_include_set()
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):
+            return False
+        keys = keys | torch._C._dispatch_keys(t)
+    keys = keys - torch._C._dispatch_tls_local_exclude_set() - _PLAIN
+    return keys.highestPriorityTypeId() == torch._C.DispatchKey.Undefined
 
 
 # The activation by name, its parameters, and whether it precedes the normalization.
