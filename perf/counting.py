@@ -24,7 +24,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 def counts(n: int) -> np.ndarray:
     """Zeros that forked processes share."""
-    return np.frombuffer(mmap.mmap(-1, 8 * n), dtype=np.int64)
+    return np.frombuffer(mmap.mmap(-1, 8 * max(n, 1)), dtype=np.int64)
 
 
 def increment(counts: np.ndarray, at: np.ndarray) -> None:
