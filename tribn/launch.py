@@ -219,14 +219,15 @@ def single_read_plan(
     while per_thread <= most:
         plan = _tile(layout, itemsize, bits, per_thread, narrow)
         tiles = _tiles(plan, layout)
-        if tiles == 1 or plan.channel_blocks * tiles <= 2 * device.sms:
+        # Of a group one program fits each multiprocessor, and two of all groups.
+        if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= 2 * device.sms):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
-    # A program that has its channels to itself needs no one; else the more of them the better.
-    for plan in [*(plan for plan in held if plan.splits == 1), *held]:
+    if held:
+        # A program that has its channels to itself needs no one; else the more of them the better.
+        plan = next((plan for plan in held if plan.splits == 1), held[0])
         groups = min(plan.channel_blocks, device.sms * programs_per_sm // plan.splits)
-        if groups or plan.splits == 1:
-            return replace(plan, tier="registers", groups=groups or plan.channel_blocks)
+        return replace(plan, tier="registers", groups=groups)
 
     total = layout.N * layout.C * layout.S * itemsize
     plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize, narrow)
