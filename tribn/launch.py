@@ -17,7 +17,6 @@ TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGE = 16  # partials that every consumer merges for itself; more get a launch of their own
 COMBINE_C = 16  # channels of a program that only merges partials: few, for many programs
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
-MERGERS = 16  # programs that merge for the whole group, where there are more partials than that
 BARRIER = 1  # what waiting costs, in tiles of a program
 
 
