@@ -84,8 +84,12 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), GPUS["A100"].sms, GPUS["A100"].l2, shared=164 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), GPUS["H100"].sms, GPUS["H100"].l2, shared=228 * 1024),
+    "sm_80": Target(
+        GPUTarget("cuda", 80, 32), GPUS["A100"].sms, GPUS["A100"].l2, shared=164 * 1024
+    ),
+    "sm_90": Target(
+        GPUTarget("cuda", 90, 32), GPUS["H100"].sms, GPUS["H100"].l2, shared=228 * 1024
+    ),
     "sm_100": Target(GPUTarget("cuda", 100, 32), sms=148, l2=126 * 2**20, shared=228 * 1024),
     "gfx942": Target(
         GPUTarget("hip", "gfx942", 64),
