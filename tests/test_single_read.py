@@ -294,6 +294,17 @@ def test_running_statistics_are_the_mean_of_all_batches(path, device, force, mon
     torch.testing.assert_close(var, (1 + 4 + 9) / 3 * t.x.var((0, 2)))
 
 
+def test_every_group_has_a_counter(device, force):
+    """Of its own, and no more are used: those behind them are for other streams."""
+    force(PATHS["two"]._replace(block_c=1, groups=5))
+    t = Inputs.of(Case((3, 5, 12)), device)
+    with torch.no_grad():
+        batch_norm(t.x, None, None, training=True)
+    ((_, counters),) = scratch._of_streams.values()
+    assert counters.tolist() == [0, *[-(2**31)] * 5]
+    assert not scratch._left[t.x.device].any()
+
+
 @pytest.mark.parametrize("path", [PATHS["uneven"], PATHS["merged"]], ids=str)
 def test_results_are_the_same_bits_every_time(path, device, force):
     """However many groups there are, which share nothing."""
