@@ -367,6 +367,7 @@ def test_single_read_plans_of_networks(itemsize, inputs, strides):
 HARD = [
     *[(20, 6, 65536), (3000, 1, 9), (2_000_000, 64), (1, 32, 128, 128, 128), (1, 1, 2**22)],
     *[(128, 64, 112, 112), (128, 2048, 7, 7), (2, 2048, 1, 1), (8, 512, 7, 7), (1, 1)],
+    *[(2**10, 64, 2), (2**16, 64, 2)],  # as many channels of a slab as programs of a group
     *[(2**16, 64, 40, 40), (2**33, 2), (2, 2**22, 300)],  # more than 2^31 elements
 ]
 
