@@ -19,16 +19,18 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from multiprocessing.connection import wait
 from typing import IO, Any
 from unittest import mock
 
 import torch
 import triton.experimental.gluon  # noqa: F401  a launch does, and else in every process anew
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
-from triton.runtime.interpreter import GridExecutor, interpreter_builder
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction, interpreter_builder
 
 FORK = multiprocessing.get_context("fork")
 run_grid = GridExecutor.__call__
@@ -38,6 +40,14 @@ def shared(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """A copy in memory that forked processes do not copy; it is freed with its last tensor."""
     memory = mmap.mmap(-1, storage.nbytes())
     return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage().copy_(storage)
+
+
+def rewrite(values: Iterable[Any]) -> None:
+    """Has the interpreter rewrite device functions here and now, and not in every process anew."""
+    for value in values:
+        if isinstance(value, InterpretedFunction) and value.fn not in value.rewritten_fn:
+            value.rewrite()
+            rewrite(list(value.fn.__globals__.values()))
 
 
 def yielding(atomic: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +83,7 @@ def run_program(
     interpreter_builder.set_grid_idx(*index)
     interpreter_builder.set_grid_dim = interpreter_builder.set_grid_idx = lambda *_: None
     interpreter_builder.create_atomic_rmw = yielding(interpreter_builder.create_atomic_rmw)
+    interpreter._patch_lang = cache(interpreter._patch_lang)  # which device functions call as well
     executor.grid = (1,)
     executor._init_args_hst = lambda *shared_args: shared_args
     executor._restore_args_dev = lambda *_: None  # would store everything anew, when others have
@@ -133,6 +144,7 @@ def concurrently(timeout: float = 60) -> Iterator[None]:
     def run(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         if not kwargs.pop("launch_cooperative_grid", False):
             return run_grid(self, *args, **kwargs)
+        rewrite([*args, *kwargs.values(), *self.fn.__globals__.values()])
         with collected():
             # The interpreter's own way to and from a GPU, by storages: views and aliases stay such.
             with mock.patch.object(torch.UntypedStorage, "cpu", shared):

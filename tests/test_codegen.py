@@ -234,6 +234,8 @@ def needs(registers, warps, shared=0):
 )
 def test_ctas_per_multiprocessor(target, registers, warps, shared, ctas):
     assert ctas_per_sm(target, needs(registers, warps, shared)) == ctas
+    if TARGETS[target].gpu.backend == "cuda":
+        assert TARGETS[target].facts.programs_per_sm(warps, registers, shared) == ctas
 
 
 LAYER = Layer((32, 64, 56, 56), "relu", residual=True)

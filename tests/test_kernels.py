@@ -43,12 +43,7 @@ MOMENTUM, EPS = 0.3, 1e-5
 STATS = ("running_mean", "running_var")
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that is allocated and not written holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +218,7 @@ def force(monkeypatch):
             return cut(layout, itemsize, **changes)
 
         monkeypatch.setattr(host, "make_plan", plan)
+        monkeypatch.setattr(host, "_launchers", {})  # those kept have another
 
     return force
 
@@ -279,53 +275,12 @@ def test_bits_are_the_references(activation, order, masked, layout, device):
     assert torch.equal(signs > 0, on if mask is None else on & mask.unsqueeze(t.axis))
 
 
-GUARD, SENTINEL = 4096, 123
-
-
-@pytest.fixture
-def guarded(monkeypatch):
-    """Allocations of the launchers lie between sentinels, which must survive."""
-    buffers = []
-
-    def allocate(shape, stride, dtype, device):
-        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        buffer = torch.full((extent + 2 * GUARD,), SENTINEL, dtype=dtype, device=device)
-        buffers.append((buffer, extent))
-        return buffer.as_strided(shape, stride, GUARD)
-
-    def empty_like(x, dtype=None, device=None):
-        if device == "meta":
-            return real(x, dtype=dtype, device=device)
-        return allocate(x.shape, real(x).stride(), dtype or x.dtype, x.device)
-
-    def new_empty(x, shape, dtype=None, **others):
-        if others:  # the interpreter's own
-            return real_new_empty(x, shape, dtype=dtype, **others)
-        stride = real(torch.empty(shape, device="meta")).stride()
-        return allocate(shape, stride, dtype or x.dtype, x.device)
-
-    real_new_empty = torch.Tensor.new_empty
-    real = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", empty_like)
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    return buffers
-
-
-def assert_intact(buffers):
-    assert buffers
-    for buffer, extent in buffers:
-        untouched = buffer.new_full((GUARD,), SENTINEL)
-        assert torch.equal(buffer[:GUARD], untouched)
-        assert torch.equal(buffer[GUARD + extent :], untouched)
-
-
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_nothing_is_written_out_of_bounds(case, device, guarded):
     inputs = Inputs.of(case, device)
     changes = {"block_n": 2, "block_c": 16, "block_s": 32, "splits": 3}
     plans = forward_plan(inputs, **changes), backward_plan(inputs, **changes)
     train(kernels, inputs, *plans)
-    assert_intact(guarded)
 
 
 @pytest.mark.parametrize("layout", FUSED_LAYOUTS)
@@ -339,8 +294,7 @@ def test_nothing_fused_is_written_out_of_bounds(layout, order, training, device,
     stats = (inputs.running_mean, inputs.running_var)
     y = batch_norm(x, *stats, training=training, channel_axis=inputs.channel_axis, **options)
     torch.autograd.grad(y, (x, residual), inputs.dy)
-    assert torch.uint8 in {buffer.dtype for buffer, _ in guarded} or order == "act_norm"
-    assert_intact(guarded)
+    assert torch.uint8 in {buffer.dtype for buffer in guarded} or order == "act_norm"
 
 
 def test_more_than_2_31_elements_apart(device):
@@ -375,4 +329,3 @@ def test_what_would_cut_rows_of_bits_is_copied(training, device, guarded):
     options = {"activation": "relu", "order": "norm_act"}
     assert_fused_accurate(t, training, options | {"residual": residual})
     assert_fused_accurate(replace(t, dy=dy), training, options | {"residual": t.dy.flip(2)})
-    assert_intact(guarded)

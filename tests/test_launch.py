@@ -8,10 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tribn.launch import MERGE, Device, Layout, bits_shape, collapse, make_plan
+from perf.cases import NETS, SETS, layers
+from tribn.launch import (
+    HELD_PER_THREAD,
+    MERGE,
+    MERGED_AT_ONCE,
+    Device,
+    Layout,
+    bits_shape,
+    collapse,
+    make_plan,
+    single_read_plan,
+)
 
-H100 = Device(sms=132)
-SMALL = Device(sms=2)
+H100 = Device(sms=132, l2=50 * 2**20, registers=4 * 65536, shared=228 * 1024, threads=2048)
+SMALL = replace(H100, sms=2, l2=2**20)
 
 
 def contiguous(shape, order=None):
@@ -152,7 +163,7 @@ def test_plan_fits_the_device(shape, strides, itemsize):
     tile = plan.block_n * plan.block_c * plan.block_s
     assert tile * itemsize <= 32 * plan.num_warps * 32, "more than two accesses of a thread"
     assert plan.num_warps <= 8
-    tiles = -(-layout.N // plan.block_n) * -(-layout.S // plan.block_s)
+    tiles = tiles_of(plan, layout)
     assert (plan.splits - 1) * plan.tiles_per_split < tiles <= plan.splits * plan.tiles_per_split
     assert plan.channel_blocks == -(-layout.C // plan.block_c)
     assert plan.grid[0] < 2**31
@@ -174,16 +185,27 @@ def test_plan_fills_the_device_however_few_the_channels(shape, strides):
         assert covered <= 2 * elements
 
 
+def tiles_of(plan, layout):
+    return -(-layout.N // plan.block_n) * -(-layout.S // plan.block_s)
+
+
+def splits_of(plan):
+    """(block of channels, split) of every program, as the kernels number them."""
+    for pid in range(plan.grid[0]):
+        if plan.tier is None:
+            yield pid % plan.channel_blocks, pid // plan.channel_blocks
+        else:
+            group, member = divmod(pid, plan.splits)
+            for slab in range(group, plan.channel_blocks, plan.groups):
+                yield slab, member
+
+
 def visited(plan, layout):
     """(n, c, s) of every lane of every program, as `tribn.kernels.tile` numbers them."""
     s_blocks = -(-layout.S // plan.block_s)
-    tiles = -(-layout.N // plan.block_n) * s_blocks
-    for pid in range(plan.grid[0]):
-        c_block, first = (
-            pid % plan.channel_blocks,
-            pid // plan.channel_blocks * plan.tiles_per_split,
-        )
-        for tile in range(first, min(first + plan.tiles_per_split, tiles)):
+    for c_block, split in splits_of(plan):
+        first = split * plan.tiles_per_split
+        for tile in range(first, min(first + plan.tiles_per_split, tiles_of(plan, layout))):
             for lane_c, lane_n, lane_s in itertools.product(
                 range(plan.block_c), range(plan.block_n), range(plan.block_s)
             ):
@@ -267,3 +289,130 @@ def test_many_partials_are_merged_by_a_launch_of_their_own():
     assert plan.splits > MERGE
     assert plan.combine
     assert not replace(plan, splits=MERGE).combine
+
+
+# Plans to read once
+
+SLICES = [replace(H100, sms=sms, l2=H100.l2 // 7) for sms in (14, 16)]  # of an H100
+DEVICES = [H100, *SLICES, SMALL, replace(SMALL, sms=1), replace(SMALL, sms=3, l2=2**12)]
+
+
+def single_read_plans(layout, itemsize, device, inputs=1, bits=False):
+    """By how many programs a multiprocessor holds."""
+    return {
+        programs: single_read_plan(layout, itemsize, device, inputs, bits, programs)
+        for programs in (1, 2, 3, 4)
+    }
+
+
+def assert_fits(layout, itemsize, device, inputs, bits):
+    """What holds of every plan to read once, whatever the device."""
+    plans = single_read_plans(layout, itemsize, device, inputs, bits)
+    for programs, plan in plans.items():
+        # the tile
+        block = (plan.block_n, plan.block_c, plan.block_s)
+        assert all(size.bit_count() == 1 for size in (*block, plan.num_warps))
+        assert plan.num_warps <= 8
+        per_thread = block[0] * block[1] * block[2] / (32 * plan.num_warps)
+        assert plan.num_warps == 1 or inputs * per_thread * max(itemsize, 4) // 4 <= HELD_PER_THREAD
+        assert not bits or (plan.block_c if layout.channels_last else plan.block_s) % 8 == 0
+        # every tile of every slab once
+        tiles, most = tiles_of(plan, layout), plan.splits * plan.tiles_per_split
+        assert most - plan.tiles_per_split < tiles <= most
+        assert tiles < 2**31
+        assert plan.channel_blocks == -(-layout.C // plan.block_c)
+        assert 1 <= plan.groups <= plan.channel_blocks
+        assert plan.grid == (plan.groups * plan.splits,)
+        # all at the same time
+        assert plan.grid[0] <= programs * device.sms
+        assert plan.waits == (plan.splits > 1)
+        # where a slab stays
+        held = inputs * min(plan.block_c, layout.C) * layout.N * layout.S * itemsize
+        if plan.tier == "registers":
+            assert plan.tiles_per_split == 1
+        elif plan.tier == "l2":
+            assert plan.groups * held <= device.l2 // 2
+        else:
+            assert plan.tier == "memory"
+            assert held > device.l2 // 2
+        large = 2 * layout.N * layout.C * layout.S * itemsize > device.l2
+        assert plan.streams == (large and plan.tier != "registers")
+        # who merges what
+        assert plan.mergers in ((1, plan.block_c) if plan.waits else (0,))
+        if plan.mergers > 1:
+            assert plan.block_g(1) < plan.splits > plan.mergers
+            assert plan.block_g(plan.mergers) == MERGED_AT_ONCE
+        elif plan.waits:
+            assert plan.splits <= max(plan.block_g(1), plan.block_c)
+        assert plan.block_g(plan.mergers).bit_count() == 1
+    first = plans[1]
+    for plan in plans.values():
+        assert replace(first, **{name: getattr(plan, name) for name in CUT}) == plan
+
+
+CUT = ("tiles_per_split", "splits", "groups")  # what depends on how many programs there are
+SHAPES = {layer.shape for name in (*NETS, *SETS) for layer in layers(name)} | set(NETWORKS)
+
+
+@pytest.mark.parametrize("strides", LAYOUTS)
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_single_read_plans_of_networks(itemsize, inputs, strides):
+    for shape in SHAPES:
+        layout = layout_of(shape, strides, 2 + inputs)
+        assert_fits(layout, itemsize, H100, inputs, bits=False)
+        assert_fits(layout, itemsize, H100, inputs, bits=True)
+
+
+HARD = [
+    *[(20, 6, 65536), (3000, 1, 9), (2_000_000, 64), (1, 32, 128, 128, 128), (1, 1, 2**22)],
+    *[(128, 64, 112, 112), (128, 2048, 7, 7), (2, 2048, 1, 1), (8, 512, 7, 7), (1, 1)],
+    *[(2**10, 64, 2), (2**16, 64, 2)],  # as many channels of a slab as programs of a group
+    *[(2**16, 64, 40, 40), (2**33, 2), (2, 2**22, 300)],  # more than 2^31 elements
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"{device.sms}-{device.l2}")
+@pytest.mark.parametrize("shape", HARD, ids=str)
+def test_single_read_plans_of_any_device(shape, device):
+    for strides, inputs, itemsize in itertools.product(LAYOUTS, (1, 2), (2, 4, 8)):
+        assert_fits(layout_of(shape, strides), itemsize, device, inputs, bits=False)
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 80)),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from(DEVICES[-3:]),
+)
+def test_single_read_plan_visits_every_element_once(shape, strides, itemsize, inputs, bits, device):
+    layout = layout_of(shape, strides, 2 + inputs)
+    assert_fits(layout, itemsize, device, inputs, bits)
+    counts = Counter(visited(single_read_plan(layout, itemsize, device, inputs, bits), layout))
+    assert len(counts) == layout.N * layout.C * layout.S
+    assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "inputs", "device", "tier"),
+    [
+        ((8, 512, 7, 7), contiguous, 2, H100, "registers"),
+        ((128, 64, 56, 56), contiguous, 1, H100, "l2"),
+        ((128, 64, 56, 56), contiguous, 1, SLICES[0], "l2"),  # 0.8 of 3.6 MB
+        ((128, 64, 56, 56), channels_last, 1, H100, "l2"),  # 32 channels, 25.7 of 26.2 MB
+        ((128, 64, 56, 56), channels_last, 2, H100, "memory"),
+        ((128, 64, 56, 56), channels_last, 1, SLICES[0], "memory"),
+        ((2_000_000, 64), contiguous, 1, H100, "memory"),
+    ],
+)
+def test_tiers(shape, strides, inputs, device, tier):
+    assert single_read_plan(layout_of(shape, strides), 2, device, inputs).tier == tier
+
+
+def test_a_group_is_as_large_as_the_device():
+    """Few channels: all programs share what slabs there are."""
+    for programs, plan in single_read_plans(layout_of((20, 6, 65536)), 2, H100).items():
+        assert plan.groups == 6
+        assert plan.grid[0] > 0.9 * programs * H100.sms

@@ -18,7 +18,6 @@ TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGE = 16  # partials that every consumer merges for itself; more get a launch of their own
 COMBINE_C = 16  # channels of a program that only merges partials: few, for many programs
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
-MERGERS = 16  # programs that merge for the whole group, where there are more partials than that
 BARRIER = 1  # what waiting costs, in tiles of a program
 
 
@@ -246,6 +245,7 @@ def single_read_plan(
     while per_thread <= most:
         plan = _tile(layout, itemsize, bits, per_thread, narrow)
         tiles = _tiles(plan, layout)
+        # Of a group one program fits each multiprocessor, and two of all groups.
         if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= 2 * device.sms):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
