@@ -29,7 +29,7 @@ from rich.table import Table
 
 from perf.cases import DIRECTIONS, DTYPES, LAYOUTS, NETS, OPS, SETS, Layer, layers
 from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
-from perf.gate import Case, Inputs, WrongResult, check
+from perf.gate import Case, Inputs, check, described
 from perf.providers import PROVIDERS
 from perf.report import RESULTS, Report, count, device_name, directory, environment, write
 
@@ -86,14 +86,7 @@ def labels(case: Case) -> Row:
 
 def problem(case: Case, provider: str | None, error: Exception) -> Row:
     """Of a provider, or if None of the case's inputs."""
-    text = str(error).strip().partition("\n")[0]
-    wrong = isinstance(error, WrongResult)
-    return {
-        **labels(case),
-        "provider": provider,
-        "wrong": wrong,
-        "problem": text if wrong else f"{type(error).__name__}: {text}",
-    }
+    return {**labels(case), "provider": provider, **described(error)}
 
 
 def sample(samplers: dict[Key, Sampler]) -> dict[Key, list[float]]:
