@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 
 import tribn
 from perf.networks import norm_of
-from perf.report import RESULTS, Report, count, device, device_name, directory, environment, write
+from perf.report import Report, count, device, device_name, environment, parser_of, write
 from tribn import functional, kernels, ops
 
 SHAPE = (2, 4, 2, 2)
@@ -180,11 +180,7 @@ def table(report: Report) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf host",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("host", __doc__)
     parser.add_argument(
         "--rounds",
         type=count,
@@ -197,13 +193,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (%(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the JSON file goes (perf/results)",
     )
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":

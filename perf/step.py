@@ -34,7 +34,7 @@ import tribn
 from perf.clocks import timed
 from perf.gate import compare, described
 from perf.networks import NETWORKS, Network, norm_of
-from perf.report import RESULTS, Report, count, device, device_name, directory, environment, write
+from perf.report import Report, count, device, device_name, environment, parser_of, write
 
 PROVIDERS = {"eager": torch.nn, "compile": torch.nn, "tribn": tribn}  # where batch norm is from
 # Batch, and pixels or voxels a side
@@ -227,11 +227,7 @@ def number(value: float) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with `shapes`: that of the inputs, by network."""
     rivals = [name for name in PROVIDERS if name != "eager"]
-    parser = argparse.ArgumentParser(
-        prog="python -m perf step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("step", __doc__)
     parser.add_argument(
         "--net",
         nargs="+",
@@ -260,13 +256,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (%(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the JSON file goes (perf/results)",
     )
     arguments = parser.parse_args(argv)
     chosen = arguments.providers or (rivals if arguments.device == "cuda" else ["tribn"])
