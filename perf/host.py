@@ -223,4 +223,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = write(report, arguments.out, f"host-{device_name('cuda') if on_gpu else 'cpu'}")
     console.print(f"{report['path']}, {report['environment']['device']}")
     console.print(table(report))
-    console.print(str(path))
+    console.print(str(path), soft_wrap=True)
