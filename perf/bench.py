@@ -29,9 +29,9 @@ from rich.table import Table
 
 from perf.cases import DIRECTIONS, DTYPES, LAYOUTS, NETS, OPS, SETS, Layer, layers
 from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
-from perf.gate import Case, Inputs, WrongResult, check
+from perf.gate import Case, Inputs, check, described
 from perf.providers import PROVIDERS
-from perf.report import RESULTS, Report, count, device_name, directory, environment, write
+from perf.report import Report, count, device_name, environment, parser_of, write
 
 ROUNDS, FEWEST_ROUNDS = 20, 5  # samples of each clock
 PATIENCE = 10.0  # seconds of sampling, after which the fewest are enough
@@ -86,14 +86,7 @@ def labels(case: Case) -> Row:
 
 def problem(case: Case, provider: str | None, error: Exception) -> Row:
     """Of a provider, or if None of the case's inputs."""
-    text = str(error).strip().partition("\n")[0]
-    wrong = isinstance(error, WrongResult)
-    return {
-        **labels(case),
-        "provider": provider,
-        "wrong": wrong,
-        "problem": text if wrong else f"{type(error).__name__}: {text}",
-    }
+    return {**labels(case), "provider": provider, **described(error)}
 
 
 def sample(samplers: dict[Key, Sampler]) -> dict[Key, list[float]]:
@@ -257,11 +250,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def parser(device: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench", __doc__)
     on_gpu = device == "cuda"
     what = parser.add_mutually_exclusive_group()
     for option, named, text in (
@@ -305,13 +294,6 @@ def parser(device: str) -> argparse.ArgumentParser:
         default=200,
         metavar="N",
         help="start no further layer after so long (%(default)s); the largest come first",
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the JSON file goes (perf/results)",
     )
     return parser
 

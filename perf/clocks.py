@@ -64,18 +64,27 @@ class Wall:
     """
 
     def __init__(self, call: Call, device: str) -> None:
-        self.call = call
+        self.call, self.device = call, device
         self.count = WALL_CALLS if device == "cuda" else 1
-        self.synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def __call__(self) -> float:
         self.call()
-        self.synchronize()
-        started = time.perf_counter()
-        for _ in range(self.count):
-            self.call()
-        self.synchronize()
-        return (time.perf_counter() - started) / self.count
+        wait(self.device)
+        return timed(self.call, self.device, self.count)
+
+
+def timed(call: Call, device: str, count: int = 1) -> float:
+    """Seconds of a call, of so many in a row, until the device is done too."""
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    wait(device)
+    return (time.perf_counter() - started) / count
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Replay:

@@ -39,7 +39,7 @@ from triton.runtime.jit import JITFunction
 
 from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
 from perf.devices import GPUS
-from perf.report import RESULTS, Report, directory, environment, write
+from perf.report import Report, environment, parser_of, write
 from tribn import kernels, ops
 from tribn.functional import batch_norm
 from tribn.kernels import host
@@ -369,11 +369,7 @@ def extent(values: Sequence[int]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf codegen",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("codegen", __doc__)
     parser.add_argument(
         "--targets",
         nargs="+",
@@ -384,9 +380,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--net", choices=NETS, help="only the shapes of this network")
     what.add_argument("--set", choices=SETS, help="only the shapes of this set")
-    parser.add_argument(
-        "--out", type=directory, default=RESULTS, metavar="DIR", help="for the JSON (%(default)s)"
-    )
     arguments = parser.parse_args(argv)
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")

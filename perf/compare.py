@@ -30,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from perf import bench
-from perf.report import RESULTS, Report, count, directory, write
+from perf.report import RESULTS, Report, count, parser_of, write
 from perf.rows import Key, key, means, problems, read, times
 
 ROOT = RESULTS.parents[1]
@@ -197,13 +197,8 @@ def tables(report: Report) -> list[Table]:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the options of bench."""
-    parser = argparse.ArgumentParser(
-        prog="python -m perf compare",
-        usage="%(prog)s [-h] BASE [--rounds N] [--out DIR] [options of bench]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s [-h] BASE [--rounds N] [--out DIR] [options of bench]"
+    parser = parser_of("compare", __doc__, usage=usage, allow_abbrev=False)
     parser.add_argument("base", type=commit, metavar="BASE", help="a commit, branch or tag")
     parser.add_argument(
         "--rounds",
@@ -211,13 +206,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         default=3,
         metavar="N",
         help="runs of the benchmark on either (%(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the JSON file goes (perf/results)",
     )
     arguments, options = parser.parse_known_args(argv)
     options += ["--providers", "tribn", CONTROL]

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import tribn
 from perf.figures.style import BLUE, GREEN, VERMILION, new_figure, save, tidy, title
-from perf.report import RESULTS, count, directory, environment, write
+from perf.report import count, environment, parser_of, write
 
 Array = NDArray[np.float64]
 Results = dict[str, Any]
@@ -521,18 +521,7 @@ def table(experiments: Results) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where demo.json and demo.png go (perf/results)",
-    )
+    parser = parser_of("demo", __doc__)
     parser.add_argument(
         "--seeds",
         type=count,

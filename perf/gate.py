@@ -24,7 +24,7 @@ PASSES: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class WrongResult(Exception):
-    """A provider's results are not those of float64."""
+    """A provider's results are not the expected ones."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,18 @@ def check(function: Function, case: Case, inputs: Inputs) -> None:
     if y.shape != inputs.x.shape or y.dtype != inputs.x.dtype:
         raise WrongResult(f"output is {y.dtype} of shape {tuple(y.shape)}")
     for name, expected in exact(case.layer, inputs, y).items():
-        error = ((actual[name].double() - expected).norm() / expected.norm()).item()
-        if not error <= TOLERANCE[case.dtype]:  # nor is NaN
-            raise WrongResult(
-                f"{name} is off by {error:.2g}, {TOLERANCE[case.dtype]:.2g} is allowed"
-            )
+        compare(name, actual[name], expected, TOLERANCE[case.dtype])
+
+
+def compare(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises WrongResult if ‖actual − expected‖ / ‖expected‖ is above the tolerance."""
+    error = ((actual.double() - expected).norm() / expected.norm()).item()
+    if not error <= tolerance:  # nor is NaN
+        raise WrongResult(f"{name} is off by {error:.2g}, {tolerance:.2g} is allowed")
+
+
+def described(error: Exception) -> dict[str, Any]:
+    """What a report says of a provider that is wrong or raises."""
+    text = str(error).strip().partition("\n")[0]
+    wrong = isinstance(error, WrongResult)
+    return {"wrong": wrong, "problem": text if wrong else f"{type(error).__name__}: {text}"}

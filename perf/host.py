@@ -36,7 +36,7 @@ from rich.table import Table
 import tribn
 from perf.codegen import absent
 from perf.networks import norm_of
-from perf.report import RESULTS, Report, count, device, device_name, directory, environment, write
+from perf.report import Report, count, device, device_name, environment, parser_of, write
 from tribn import functional, kernels, ops
 
 SHAPE = (2, 4, 2, 2)
@@ -177,11 +177,7 @@ def table(report: Report) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf host",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("host", __doc__)
     parser.add_argument(
         "--rounds",
         type=count,
@@ -194,13 +190,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (%(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the JSON file goes (perf/results)",
     )
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -231,4 +220,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = write(report, arguments.out, f"host-{device_name('cuda') if on_gpu else 'cpu'}")
     console.print(f"{report['path']}, {report['environment']['device']}")
     console.print(table(report))
-    console.print(str(path))
+    console.print(str(path), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What all commands share: where a measurement was taken, its JSON file, and types of arguments."""
+"""What all commands share: where a measurement was taken, its JSON file, and arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,24 @@ def write(report: Report, out: Path, name: str) -> Path:
     path = out / f"{name.replace(' ', '-')}.json"
     path.write_text(json.dumps(_jsonable(report), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def parser_of(name: str, description: str | None, **options: Any) -> ArgumentParser:
+    """The parser of a command that writes a result."""
+    parser = ArgumentParser(
+        prog=f"python -m perf {name}",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        **options,
+    )
+    parser.add_argument(
+        "--out",
+        type=directory,
+        default=RESULTS,
+        metavar="DIR",
+        help="where the result goes (perf/results)",
+    )
+    return parser
 
 
 def device(text: str) -> str:

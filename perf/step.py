@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -32,8 +31,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tribn
+from perf.clocks import timed
+from perf.gate import compare, described
 from perf.networks import NETWORKS, Network, norm_of
-from perf.report import RESULTS, Report, count, device, device_name, directory, environment, write
+from perf.report import Report, count, device, device_name, environment, parser_of, write
 
 PROVIDERS = {"eager": torch.nn, "compile": torch.nn, "tribn": tribn}  # where batch norm is from
 # Batch, and pixels or voxels a side
@@ -51,10 +52,6 @@ WARM_UP = 3  # steps
 TOLERANCES = {"weights": 0.1, "loss": 0.05, "statistics": 1e-3}
 
 Row = dict[str, Any]
-
-
-class WrongResult(Exception):
-    """A provider's step leads elsewhere than torch eager's."""
 
 
 class Training:
@@ -106,21 +103,9 @@ def output_shape(network: Network, shape: tuple[int, ...]) -> torch.Size:
 
 
 def check(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises WrongResult if a step leads elsewhere than torch eager's."""
     for name, tolerance in TOLERANCES.items():
-        error = ((results[name] - expected[name]).norm() / expected[name].norm()).item()
-        if not error <= tolerance:  # nor is NaN
-            raise WrongResult(
-                f"{name} after a step: off by {error:.2g}, {tolerance:.2g} is allowed"
-            )
-
-
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Seconds until the device is done, too."""
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+        compare(f"what a step makes of {name}", results[name], expected[name], tolerance)
 
 
 def peak(call: Callable[[], Any]) -> int:
@@ -214,15 +199,7 @@ def rows(
 
 def problem(name: str, shape: tuple[int, ...], provider: str | None, error: Exception) -> Row:
     """Of a provider, or if None of the network."""
-    text = str(error).strip().partition("\n")[0]
-    wrong = isinstance(error, WrongResult)
-    return {
-        "net": name,
-        "shape": shape,
-        "provider": provider,
-        "wrong": wrong,
-        "problem": text if wrong else f"{type(error).__name__}: {text}",
-    }
+    return {"net": name, "shape": shape, "provider": provider, **described(error)}
 
 
 def table(report: Report) -> Table:
@@ -250,11 +227,7 @@ def number(value: float) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with `shapes`: that of the inputs, by network."""
     rivals = [name for name in PROVIDERS if name != "eager"]
-    parser = argparse.ArgumentParser(
-        prog="python -m perf step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("step", __doc__)
     parser.add_argument(
         "--net",
         nargs="+",
@@ -283,13 +256,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (%(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=directory,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the JSON file goes (perf/results)",
     )
     arguments = parser.parse_args(argv)
     chosen = arguments.providers or (rivals if arguments.device == "cuda" else ["tribn"])

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
 from perf.devices import GPUS, Gpu
-from perf.report import RESULTS, Report, count, directory, environment, write
+from perf.report import Report, count, environment, parser_of, write
 from tribn.launch import collapse, single_read_plan
 
 PASSES = ("forward", "backward", "eval")
@@ -257,11 +257,7 @@ USUAL = {"batch": None, "dtype": "bf16", "layout": LAYOUTS[0], "device": "H100"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf traffic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("traffic", __doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--net", choices=NETS, help="a network (resnet50)")
     what.add_argument("--set", choices=SETS, help="a set of single shapes instead")
@@ -269,9 +265,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="(%(default)s)")
     parser.add_argument("--layout", choices=LAYOUTS, help="(%(default)s)")
     parser.add_argument("--device", choices=GPUS, help="for plans and floor times (%(default)s)")
-    parser.add_argument(
-        "--out", type=directory, default=RESULTS, metavar="DIR", help="for the JSON (%(default)s)"
-    )
     parser.set_defaults(**USUAL)
     arguments = parser.parse_args(argv)
     if arguments.set and arguments.batch:

@@ -140,8 +140,10 @@ def test_eps(eps, training, device):
 
 def test_eval_takes_one_value_per_channel_and_eps_zero(device):
     inputs = Inputs.of(Case((1, 7)), device)
-    results = [run(f, inputs, False, eps=0.0) for f in (batch_norm, torch_batch_norm)]
-    assert_all_accurate(*results, exact(inputs, False, eps=0.0))
+    least = run(torch_batch_norm, inputs, False, eps=1e-30)  # torch 2.11 refuses zero
+    assert_all_accurate(
+        run(batch_norm, inputs, False, eps=0.0), least, exact(inputs, False, eps=0.0)
+    )
 
 
 @st.composite
