@@ -259,8 +259,8 @@ def plans():
 
 @pytest.fixture
 def margin():
-    yield host.set_sm_margin
-    host.set_sm_margin(0)
+    yield tribn.set_sm_margin
+    tribn.set_sm_margin(0)
 
 
 @pytest.mark.gpu
@@ -343,7 +343,7 @@ def test_a_margin_of_multiprocessors(margin, monkeypatch):
     x = torch.empty(64, 10, 56, 56, device="meta")
     for sms, left in ((0, 16), (10, 6), (15, 1), (16, 1), (132, 1)):
         margin(sms)
-        launcher, *_ = host.prepare(1, x, (x,), None, reads=1)
+        launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=1)
         assert all(
             plan.grid[0] <= programs * left
             for programs, plan in zip((4, 3, 2, 1), launcher.plans, strict=True)

@@ -583,7 +583,7 @@ def backward_kernel(
         sum_g = tl.sum(sum_g, 1).to(tl.float64)
         sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
         if MERGERS > 0:
-            counter_ptr = counters_ptr + 1 + group
+            counter_ptr = counters_ptr + (1 + group).to(tl.int64)
             at = member.to(tl.int64) * C + c
             store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask)
             group_barrier(counter_ptr, G, member)

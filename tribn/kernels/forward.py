@@ -540,7 +540,7 @@ def forward_kernel(
             *(BLOCK_N, BLOCK_C, BLOCK_S),
         )
         if MERGERS > 0:
-            counter_ptr = counters_ptr + 1 + group
+            counter_ptr = counters_ptr + (1 + group).to(tl.int64)
             at = member.to(tl.int64) * C + c
             store_stats(partials_ptr, at, count, mean, m2, G, C, c_mask)
             group_barrier(counter_ptr, G, member)
