@@ -349,3 +349,23 @@ def test_a_margin_of_multiprocessors(margin, monkeypatch):
             for programs, plan in zip((4, 3, 2, 1), launcher.plans, strict=True)
         )
         assert launcher.facts.sms == left
+
+
+@pytest.mark.parametrize(
+    ("message", "waits", "error"),
+    [
+        ("Triton Error [CUDA]: too many blocks in cooperative launch", True, host.Refused),
+        ("Triton Error [CUDA]: operation not supported", True, host.Refused),
+        ("Triton Error [CUDA]: operation not supported", False, RuntimeError),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True, RuntimeError),
+    ],
+)
+def test_what_counts_as_refused(message, waits, error, monkeypatch):
+    def launch(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(host, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    kept = SimpleNamespace(kernel={(1,): launch}, plan=SimpleNamespace(grid=(1,), waits=waits))
+    with pytest.raises(RuntimeError) as raised:
+        host.start(kept, ())
+    assert type(raised.value) is error

@@ -412,3 +412,25 @@ def test_members_wait_for_the_one_that_is_late(absent, direction, force, monkeyp
     t = Inputs.of(Case((4, 2, 12)))
     results, expected = run(batch_norm, t, True), by_reference(t)
     assert torch.allclose(results[result], expected[result], atol=1e-5) == (absent is None)
+
+
+def test_what_the_driver_refuses_is_two_launches(monkeypatch):
+    """Of which the device is asked no more, and nothing has changed before."""
+    t, start, started = Inputs.of(Case((2, 1, 95, 93)), "cuda" if GPU else "cpu"), host.start, []
+    facts = replace(host.INTERPRETER, sms=8, cooperative=True)
+    monkeypatch.setattr(host, "device_facts", lambda _: facts)
+    monkeypatch.setattr(host, "_launchers", {})
+    monkeypatch.setattr(host, "_refused", set())
+
+    def refuse(kept, args):
+        started.append(kept.function.__name__)
+        if kept.plan.waits:
+            raise host.Refused
+        start(kept, args)
+
+    monkeypatch.setattr(host, "start", refuse)
+    ours, theirs = (run(function, t, True) for function in (batch_norm, torch_batch_norm))
+    assert_all_accurate(ours, theirs, exact(t, True))
+    assert started[:3] == ["forward_kernel", "stats_kernel", "normalize_kernel"]
+    assert started[3:] == ["backward_reduce_kernel", "backward_dx_kernel"]
+    assert host._refused == {t.x.device}

@@ -189,7 +189,7 @@ class Launcher:
             if knobs.runtime.interpret:
                 break
             room = (torch.float64, torch.int32) if plan.tier is not None else ()
-            compiled = compile(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
+            compiled = build(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
             kept = kept._replace(kernel=compiled)
             programs = self.facts.programs_per_sm(plan.num_warps, *needs(compiled)[::2])
             if plan.grid[0] <= programs * self.facts.sms:
@@ -213,7 +213,7 @@ class Launcher:
         return constants
 
 
-def compile(kernel: Any, kept: Kept, args: Sequence[Any], facts: Device) -> Any:
+def build(kernel: Any, kept: Kept, args: Sequence[Any], facts: Device) -> Any:
     """Compiles a kernel.
 
     Left alone the compiler takes more registers than it needs, and for programs that stay on the
@@ -255,7 +255,8 @@ def start(kept: Kept, args: Sequence[Any]) -> None:
     try:
         kernel[plan.grid](*args)
     except RuntimeError as error:
-        if "cooperative" in str(error):
+        # "too many blocks in cooperative launch", "operation not supported"
+        if plan.waits and ("cooperative" in str(error) or "not supported" in str(error)):
             raise Refused from error
         raise
 
@@ -282,7 +283,7 @@ def prepare(
     device = next(t.device for t in inputs if t is not None)
     key = (axis, like.shape, like.stride(), dtype, device, reads, bits, plan, launch.sm_margin)
     for t in (*inputs, mask):
-        key += (None,) if t is None else (t.stride(), t.data_ptr() % 16)
+        key += (None,) if t is None else (t.stride(), t.data_ptr() % 16 == 0)
     launcher = _launchers.get(key)
     if launcher is None:
         layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits)

@@ -15,8 +15,9 @@ UNSPECIALIZED = [
     *("stride_dyn", "stride_dyo", "stride_dxn", "stride_dxo"),
 ]
 
-# Tensors with one number for each channel, of which no alignment is assumed.
+# Tensors with one number for each channel, or for each group, of which no alignment is assumed.
 PER_CHANNEL = [
+    "counters_ptr",
     *("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr"),
     *("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "count_ptr"),
 ]
