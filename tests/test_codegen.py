@@ -124,10 +124,14 @@ def compile_all(target, x, fused=True):
     return compiled
 
 
-# of which everything around the normalization is compiled as well, for one device
-FUSED = {"planes", "planes of 7x7", "pixels", "rows"}
-# and those that are compiled for the devices that differ less
-FEW = {"planes", "planes of 7x7", "pixels", "one channel"}
+# All of them for one device, and for the others these
+FEW = {
+    "sm_80": {"planes", "pixels"},
+    "sm_90": TENSORS.keys(),
+    "sm_100": {"planes", "pixels"},
+    "gfx942": {"planes", "planes of 7x7", "pixels", "one channel"},
+}
+FUSED = {"planes", "pixels"}  # with everything around the normalization as well, for the one device
 SINGLE_LAUNCHES = {"forward", "backward"}
 TENSOR_KERNELS = {"stats", "normalize", "backward_reduce", "backward_dx"}
 READS_ONLY = {"stats", "backward_reduce"}
@@ -135,7 +139,7 @@ READS_ONLY = {"stats", "backward_reduce"}
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [(n, t) for n in TENSORS for t in TARGETS if n in FEW or t in ("sm_90", "gfx942")],
+    [(name, target) for target in TARGETS for name in TENSORS if name in FEW[target]],
 )
 def test_registers_and_accesses(name, target):
     *description, aligned = TENSORS[name]
@@ -197,8 +201,12 @@ def test_no_activation_needs_more_than_there_is(activation, act_first, name):
         assert found.stores[16] > 0, found
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("dtypes", [(BF16, F64), (F64, BF16), (F16, F64), (F64, F16), (BF16, F16)])
+DTYPE_PAIRS = [(BF16, F64), (F64, BF16), (F16, F64), (F64, F16), (BF16, F16)]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "target"), [*((pair, "sm_90") for pair in DTYPE_PAIRS), (DTYPE_PAIRS[0], "gfx942")]
+)
 def test_residual_of_another_dtype(dtypes, target):
     """All conversions there are to load and store."""
     x, residual = (tensor((64, 32, 14, 14), CONTIGUOUS, dtype) for dtype in dtypes)
