@@ -101,6 +101,12 @@ def test_correction_of_the_running_variance(correction, options, device):
     assert torch.equal(y, batch_norm(t.x, None, None, training=True, **options))
 
 
+def test_without_running_statistics_momentum_is_of_no_use(device):
+    x = Inputs.of(Case(SHAPE), device).x
+    results = [batch_norm(x, None, None, training=True, momentum=m) for m in (None, MOMENTUM)]
+    assert torch.equal(*results)
+
+
 @MODES
 def test_training_alone_changes_the_running_statistics_and_autograd_knows(training, device):
     t = Inputs.of(Case(SHAPE), device)

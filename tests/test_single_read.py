@@ -376,6 +376,7 @@ STAGES = {
 
 
 @INTERPRETED
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # of numpy
 @pytest.mark.parametrize("direction", STAGES)
 @pytest.mark.parametrize("absent", [None, 0, 1])
 def test_members_wait_for_the_one_that_is_late(absent, direction, force, monkeypatch):

@@ -650,7 +650,8 @@ def batch_norm_train(
     outputs = (y, bits, running_mean, running_var, mean, var, count, num_batches_tracked)
     inputs = (*dense(weight, bias), x, residual, mask)
     numbers = (momentum or 0.0, float(correction), eps, p, q)
-    constants = _constants(activation, p, q, act_first, save_bits, momentum is None, skip_nonfinite)
+    cumulative = momentum is None and running_mean is not None
+    constants = _constants(activation, p, q, act_first, save_bits, cumulative, skip_nonfinite)
     if launch.plan.tier is not None:
         tensors = (*outputs, *inputs)
         launch(forward_kernel, tensors, numbers, (0, 1, 2), constants, results=3)
