@@ -177,18 +177,18 @@ def test_programs_that_wait_for_each_other(layout, tier, force):
 
 
 @pytest.mark.parametrize(
-    ("layout", "case", "l2", "tiers"),
+    ("layout", "case", "sms", "l2", "tiers"),
     [
-        ("channels-first", Case((2, 1, 128, 128)), 2**20, ["registers", "l2"]),
-        ("channels-first", Case((2, 2, 95, 93)), 2**18, ["l2", "memory"]),
+        ("channels-first", Case((2, 1, 128, 128)), 2, 2**20, ["registers", "l2"]),
+        ("channels-first", Case((2, 2, 95, 93)), 1, 2**18, ["l2", "memory"]),
         (
             *("channels-last", Case((2, 20, 48, 48), F32, "channels_last", "channels_last")),
-            *(2**20, ["l2", "memory"]),
+            *(1, 2**20, ["l2", "memory"]),
         ),
     ],
 )
-def test_tiers_of_a_layer_are_those_of_its_row(layout, case, l2, tiers, monkeypatch):
-    gpu = Gpu("", bandwidth=1, l2=l2, sms=1, shared=2**16, source="")
+def test_tiers_of_a_layer_are_those_of_its_row(layout, case, sms, l2, tiers, monkeypatch):
+    gpu = Gpu("", bandwidth=1, l2=l2, sms=sms, shared=2**16, source="")
     monkeypatch.setattr(host, "_launchers", {})
     monkeypatch.setattr(host, "device_facts", lambda _: gpu.facts)
     expected = row(Layer(case.shape), layout, case.dtype.itemsize, gpu)["tiers"]
