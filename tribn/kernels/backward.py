@@ -280,14 +280,14 @@ def backward_reduce_kernel(
             sum_g_x += tl.where(valid, dx * deviation, 0.0)
         at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
         if dresidual_ptr is not None:
-            store(dresidual_ptr, at, dx, mask)
+            store(dresidual_ptr, at, dx, mask, "")
         if dx_ptr is not None:
             dx = dx * scale[:, None]
             if PRE_GRAD is not None:
                 dx = PRE_GRAD(dx, source, p, q)
             if mask_ptr is not None:
                 dx = tl.where(valid, dx, 0.0)
-            store(dx_ptr, at, dx, mask)
+            store(dx_ptr, at, dx, mask, "")
     at = g.to(tl.int64) * C + c
     store_sums(partials_ptr, at, tl.sum(sum_g, 1), tl.sum(sum_g_x, 1), G, C, c_mask)
 
@@ -319,9 +319,9 @@ def backward_combine_kernel(
 def store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr):
     """Stores the gradients of weight and bias, those of them that are wanted."""
     if dweight_ptr is not None:
-        store(dweight_ptr, c, sum_g_x * rstd, c_mask)
+        store(dweight_ptr, c, sum_g_x * rstd, c_mask, "")
     if dbias_ptr is not None:
-        store(dbias_ptr, c, sum_g, c_mask)
+        store(dbias_ptr, c, sum_g, c_mask, "")
 
 
 @triton.jit

@@ -259,8 +259,8 @@ def store_and_track(
     BLOCK_C: tl.constexpr,
 ):
     """Stores the batch's statistics, and moves the running ones towards them."""
-    store(mean_ptr, c, mean, c_mask)
-    store(var_ptr, c, var, c_mask)
+    store(mean_ptr, c, mean, c_mask, "")
+    store(var_ptr, c, var, c_mask, "")
     if running_mean_ptr is not None:
         moves = c_mask
         if mask_ptr is not None:
@@ -269,12 +269,12 @@ def store_and_track(
             finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
             moves = moves & finite
         running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-        store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves)
+        store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves, "")
         if mask_ptr is not None:
             moves = moves & (count > correction)
         unbiased = m2 * reciprocal(count - correction)
         running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-        store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves)
+        store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves, "")
 
 
 @triton.jit
@@ -567,6 +567,7 @@ def forward_kernel(
                 total = tl.max(count, 0).to(tl.int64)
                 last_to_read = group == 0
                 if CUMULATIVE:
+                    tl.debug_barrier()  # all threads have read it
                     last_to_read = tl.atomic_add(counters_ptr, 1) == groups - 1
                     if last_to_read:
                         tl.store(counters_ptr, 0)

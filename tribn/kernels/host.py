@@ -185,10 +185,10 @@ class Launcher:
             )
             if plan.tier is not None:
                 doubles = results * (plan.splits + 1) * self.layout.C if plan.waits else 0
-                kept = kept._replace(room=(doubles, 1 + plan.groups))
+                kept = kept._replace(room=(doubles, 1 + plan.groups * plan.waits))
             if knobs.runtime.interpret:
                 break
-            room = (torch.float64, torch.int32) if plan.tier is not None else ()
+            room = (torch.float64 if plan.waits else None, torch.int32) if plan.tier else ()
             compiled = build(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
             kept = kept._replace(kernel=compiled)
             programs = self.facts.programs_per_sm(plan.num_warps, *needs(compiled)[::2])
@@ -253,7 +253,7 @@ def start(kept: Kept, args: Sequence[Any]) -> None:
         kernel[plan.grid](*args, launch_cooperative_grid=plan.waits)
         return
     try:
-        kernel[plan.grid](*args)
+        kernel[(*plan.grid, 1, 1)](*args)
     except RuntimeError as error:
         # "too many blocks in cooperative launch", "operation not supported"
         if plan.waits and ("cooperative" in str(error) or "not supported" in str(error)):

@@ -1,11 +1,12 @@
 """Memory in which the programs of a launch meet: partial results, and counters that start at 0.
 
-Launches on one stream run one after another and share it. Graphs may be replayed on any stream, and
-at the same time: what is captured has memory of its own.
+Launches on one stream run one after another and share counters. Graphs may be replayed on any
+stream, and at the same time: every launch that is captured has counters of its own.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 import torch
@@ -16,29 +17,42 @@ PAGE = 2**16  # counters that are set to 0 at once
 _lock = Lock()  # held while counters are taken
 _left: dict[torch.device, Tensor] = {}  # of the newest page
 _captured: list[Tensor] = []  # in use as long as a graph may be
-_of_streams: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+_of_streams: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def scratch(device: torch.device, doubles: int, counters: int) -> tuple[Tensor, Tensor]:
+def scratch(device: torch.device, doubles: int, counters: int) -> tuple[Tensor | None, Tensor]:
     """So many float64 and int32 numbers, the latter as the last launch on this stream left them."""
+    results = torch.empty(doubles, dtype=torch.float64, device=device) if doubles else None
+    return results, _counters(device, counters)
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            results = torch.empty(doubles, dtype=torch.float64, device=device)
-            return results, _captured_zeros(device, counters)
+            return _captured_zeros(device, count)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     of_stream = _of_streams.get((device, stream))
-    if of_stream is None or len(of_stream[0]) < doubles or len(of_stream[1]) < counters:
+    if of_stream is None or len(of_stream) < count:
         with _lock:
             # Before anything is captured there are counters for what will be.
-            if len(_left.get(device, ())) < max(counters, PAGE // 2):
-                _left[device] = torch.zeros(max(counters, PAGE), dtype=torch.int32, device=device)
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()  # for all streams
-            zeros = _take(device, counters)
-        of_stream = torch.empty(doubles, dtype=torch.float64, device=device), zeros
-        _of_streams[device, stream] = of_stream
+            if len(_left.get(device, ())) < max(count, PAGE // 2):
+                _left[device] = _page(device, max(count, PAGE))
+            of_stream = _of_streams[device, stream] = _take(device, count)
     return of_stream
+
+
+def _page(device: torch.device, count: int) -> Tensor:
+    """Zeros that stay: made by a thread of their own, which no pool of a graph's memory serves."""
+
+    def zeros() -> Tensor:
+        page = torch.zeros(count, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # for all streams
+        return page
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(zeros).result()
 
 
 def _captured_zeros(device: torch.device, count: int) -> Tensor:

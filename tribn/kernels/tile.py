@@ -15,9 +15,9 @@ UNSPECIALIZED = [
     *("stride_dyn", "stride_dyo", "stride_dxn", "stride_dxo"),
 ]
 
-# Tensors with one number for each channel, or for each group, of which no alignment is assumed.
+# Tensors with a number for each channel or group, and bits: no alignment is assumed of them.
 PER_CHANNEL = [
-    "counters_ptr",
+    *("bits_ptr", "counters_ptr"),
     *("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr"),
     *("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "count_ptr"),
 ]
@@ -272,7 +272,7 @@ def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def store(ptr, at, value, mask, EVICTION: tl.constexpr = ""):
+def store(ptr, at, value, mask, EVICTION: tl.constexpr):
     """Stores numbers that may be float64 and become half precision only by way of float32."""
     if ptr.dtype.element_ty == tl.float64:
         tl.store(ptr + at, value, mask, eviction_policy=EVICTION)
