@@ -50,6 +50,7 @@ Row = dict[str, Any]
 FIELDS = ("registers", "spills", "shared", "loads", "stores", "ctas_per_sm", "warps_per_sm")
 
 SCHEDULERS = 4  # of a multiprocessor, each with registers of its own
+SCALARS = 800  # scalar registers of AMD's
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Resources:
     registers: int  # of a thread
     spills: int  # instructions that move registers to or from local memory
     shared: int  # bytes of a CTA
+    scalars: int  # AMD's scalar registers of a wave; 0 elsewhere
     loads: Counter[int]  # instructions by bytes a thread moves, from and to global memory
     stores: Counter[int]
 
@@ -181,7 +183,7 @@ class Variant(NamedTuple):
                 tensors.setdefault(kind[1:], []).append(name.removesuffix("_ptr"))
             elif value is not None:
                 constants[name] = getattr(value, "__name__", value)
-            elif (at,) in source.attrs:
+            elif source.attrs.get((at,)):
                 constants[name] = "multiple of 16"
         constants["waits"] = about.launch_cooperative_grid
         return cls(
@@ -231,6 +233,7 @@ def train_and_evaluate(x: Tensor, layer: Layer) -> None:
 
 def resources(kernel: Any) -> Resources:
     """Reads what `kernel` needs from its machine code."""
+    scalars = 0
     if "cubin" in kernel.asm:
         registers, code = _disassemble(kernel.asm["cubin"])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
@@ -241,6 +244,7 @@ def resources(kernel: Any) -> Resources:
     else:
         code = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
+        scalars = int(re.search(r"\.sgpr_count:\s*(\d+)", code)[1])
         # Scalar registers spill into lanes of vector registers, not into memory.
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
         accesses = r"\b(?:global|buffer)_{}_[us]?(byte|short|dword(?:x\d)?)"
@@ -249,7 +253,9 @@ def resources(kernel: Any) -> Resources:
             for op in ("load", "store")
         )
     about = kernel.metadata
-    return Resources(about.name, about.num_warps, registers, spills, about.shared, loads, stores)
+    return Resources(
+        about.name, about.num_warps, registers, spills, about.shared, scalars, loads, stores
+    )
 
 
 @cache
@@ -279,16 +285,19 @@ def _amd_bytes(suffix: str) -> int:
     return {"byte": 1, "short": 2, "dword": 4}.get(suffix) or 4 * int(suffix[-1])
 
 
-def warps_per_sm(target: str, registers: int) -> int:
+def warps_per_sm(target: str, registers: int, scalars: int = 0) -> int:
     """Warps of so many registers a thread that a multiprocessor holds."""
     of = TARGETS[target]
     per_warp = round_up(registers * of.gpu.warp_size, of.register_unit)
-    return min(of.warps, SCHEDULERS * (of.registers // per_warp))
+    of_scheduler = of.registers // per_warp
+    if scalars:
+        of_scheduler = min(of_scheduler, SCALARS // round_up(scalars, 16))
+    return min(of.warps, SCHEDULERS * of_scheduler)
 
 
 def ctas_per_sm(target: str, needs: Resources) -> int:
     of = TARGETS[target]
-    by_warps = warps_per_sm(target, needs.registers) // needs.warps
+    by_warps = warps_per_sm(target, needs.registers, needs.scalars) // needs.warps
     shared = round_up(needs.shared + of.reserved, of.shared_unit)
     return min(of.ctas, by_warps, of.shared // shared if shared else of.ctas)
 
