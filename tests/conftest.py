@@ -34,6 +34,15 @@ def poisoned():
 GUARD, SENTINEL = 4096, 123
 
 
+def assert_untouched_around(buffers):
+    """The sentinels of what the fixture `guarded` gives are all there."""
+    assert buffers
+    for buffer in buffers:
+        untouched = buffer.new_full((GUARD,), SENTINEL)
+        assert torch.equal(buffer[:GUARD], untouched)
+        assert torch.equal(buffer[-GUARD:], untouched)
+
+
 @pytest.fixture
 def guarded(monkeypatch):
     """Allocations of the launchers lie between sentinels, which must survive."""
@@ -61,11 +70,7 @@ def guarded(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", empty_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     yield buffers
-    assert buffers
-    for buffer in buffers:
-        untouched = buffer.new_full((GUARD,), SENTINEL)
-        assert torch.equal(buffer[:GUARD], untouched)
-        assert torch.equal(buffer[-GUARD:], untouched)
+    assert_untouched_around(buffers)
 
 
 def pytest_runtest_setup(item):

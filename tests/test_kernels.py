@@ -24,7 +24,7 @@ from cases import (
     pairwise,
     wide,
 )
-from conftest import GPU
+from conftest import GPU, assert_untouched_around
 
 from tribn import reference
 from tribn.launch import MERGE, collapse, make_plan, vector
@@ -281,6 +281,7 @@ def test_nothing_is_written_out_of_bounds(case, device, guarded):
     changes = {"block_n": 2, "block_c": 16, "block_s": 32, "splits": 3}
     plans = forward_plan(inputs, **changes), backward_plan(inputs, **changes)
     train(kernels, inputs, *plans)
+    assert_untouched_around(guarded)
 
 
 @pytest.mark.parametrize("layout", FUSED_LAYOUTS)

@@ -26,7 +26,7 @@ def test_environment_names_device_and_revision():
 @pytest.mark.parametrize("text", ["0", "-1", "x", "1.5"])
 def test_count_is_a_positive_integer(text):
     assert report.count("12") == 12
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):  # noqa: PT011  argparse words the message
         report.count(text)
 
 
@@ -34,5 +34,5 @@ def test_directory_is_no_file(tmp_path):
     file = tmp_path / "file"
     file.touch()
     assert report.directory(str(tmp_path / "new")) == tmp_path / "new"
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):  # noqa: PT011  argparse words the message
         report.directory(str(file))
