@@ -12,6 +12,7 @@ from tribn.nn import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
     StandardScaler,
+    SyncBatchNorm,
 )
 from tribn.statistics import update_stats
 
@@ -25,6 +26,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "StandardScaler",
+    "SyncBatchNorm",
     "explain",
     "freeze",
     "functional",

@@ -12,13 +12,15 @@ Kept for backward are two (C,) statistics, weight and bias, and of what is as la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tribn import ops
+from tribn import distributed, ops
 from tribn.activation import Activation
+from tribn.distributed import Ranks
 from tribn.reference import accumulator, unpack
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -37,6 +39,7 @@ class Options(NamedTuple):
     keep_residual: bool
     forward: tuple[Any, ...]  # what the forward operator takes behind its tensors
     backward: tuple[Any, ...]  # and that of backward, but for what it takes last
+    ranks: Ranks | None  # whose batches are one
     signature: ops.Signature | None  # of backward's tensors; None where nothing may be remembered
 
     @classmethod
@@ -50,6 +53,7 @@ class Options(NamedTuple):
         act_first: bool,
         inplace: bool,
         grad: bool,  # whether a backward may follow
+        ranks: Ranks | None,
         signature: ops.Signature | None,
     ) -> Options:
         needs = [grad and t is not None and t.requires_grad for t in tensors]
@@ -61,7 +65,7 @@ class Options(NamedTuple):
             *(training is not None, eps, axis, activation, act_first, inplace, x, residual),
             (*(training or ()), eps, axis, *act, bits),
             (eps, training is not None, axis, *act),
-            signature,
+            *(ranks, signature),
         )
 
 
@@ -105,10 +109,13 @@ class BatchNormTrain(_Function):
         plain: bool,
     ) -> Tensor:
         from_output = options.inplace and options.keep_x and _can_undo(weight, bias)
-        y, mean, var, count, bits = ops.run(
-            *(ops.batch_norm_train, plain, x, weight, bias, residual, mask),
-            *(running_mean, running_var, num_batches_tracked, *options.forward),
-        )
+        args = (x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
+        args += options.forward
+        if options.ranks is None:
+            results = ops.run(ops.batch_norm_train, plain, *args)
+        else:
+            results = distributed.batch_norm_train(options.ranks, plain, *args)
+        y, mean, var, count, bits = results
         kept = y if from_output else x
         _save(
             ctx, options, kept, mean, var, weight, bias, residual, bits, mask, count, y, from_output
@@ -215,10 +222,12 @@ def _backward(ctx: Any, dy: Tensor) -> Grads:
         if x is None:  # dx takes its memory format from dy
             dy = _with_stride(dy, stride)
         plain = _plain(options.signature, [t for t in (dy, *tensors) if t is not None])
-        dx, dweight, dbias, dresidual = ops.run(
-            *(ops.batch_norm_backward, plain, dy, *tensors, *options.backward),
-            *(from_output, dtype, residual_dtype, wanted),
-        )
+        args = (dy, *tensors, *options.backward, from_output, dtype, residual_dtype, wanted)
+        if options.ranks is None:
+            grads = ops.run(ops.batch_norm_backward, plain, *args)
+        else:
+            grads = distributed.batch_norm_backward(options.ranks, plain, *args)
+        dx, dweight, dbias, dresidual = grads
     if needs_residual and not changed:
         dresidual = dy.to(residual_dtype)
     return dx, dweight, dbias, dresidual
@@ -255,6 +264,7 @@ def _differentiable_backward(
 ) -> Grads:
     """The gradients by operations that can be differentiated again, for double backward."""
     training, eps, axis, activation, act_first, *_ = options
+    all_sum = partial(distributed.all_sum, ranks=options.ranks)
     dtype = accumulator(dy.dtype)
     shape = [-1 if d == axis else 1 for d in range(dy.dim())]
     others = [d for d in range(dy.dim()) if d != axis]
@@ -280,9 +290,9 @@ def _differentiable_backward(
             a = inside(activation(a))
         average = mean.to(dtype)
         if training:
-            average = a.sum(others) / n
+            average = all_sum(a.sum(others)) / n
             deviation = inside(a - per_channel(average))
-            scale = (deviation.square().sum(others) / n + eps).rsqrt()
+            scale = (all_sum(deviation.square().sum(others)) / n + eps).rsqrt()
         xhat = inside(a - per_channel(average)) * per_channel(scale)
         if activation.name and source is None:
             source = xhat if weight is None else xhat * per_channel(weight)
@@ -297,7 +307,7 @@ def _differentiable_backward(
         if training:
             assert xhat is not None
             assert dweight is not None
-            dx = dx - per_channel(dbias / n) - xhat * per_channel(dweight / n)
+            dx = dx - per_channel(all_sum(dbias) / n) - xhat * per_channel(all_sum(dweight) / n)
         dx = dx * per_channel(scale if weight is None else scale * weight.to(dtype))
         if source is not None and act_first:
             dx = activation.backward(dx, source)

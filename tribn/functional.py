@@ -13,8 +13,9 @@ from torch import Tensor
 from tribn import ops
 from tribn.activation import Activation, parse
 from tribn.autograd import BatchNormEval, BatchNormTrain, Options
+from tribn.distributed import Ranks
+from tribn.reference import DTYPES
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATES = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -38,6 +39,7 @@ def batch_norm(
     nonfinite: str = "propagate",
     correction: int = 1,
     memory: str = "input",
+    process_group: Any = None,
 ) -> Tensor:
     """Batch normalization, and what is around it, in the same pass over memory.
 
@@ -82,6 +84,8 @@ def batch_norm(
             kept after all: the host looks at them in every call. Where elu saturates, values are
             taken for the least in its range (float32 -16.6, float16 -7.6, bfloat16 -5.5): in half
             precision outliers below that make the gradient of the input wrong. No double backward.
+        process_group: a torch.distributed.ProcessGroup, all of whose processes make this call: in
+            training their batches, however large, are one. See `tribn.SyncBatchNorm`.
 
     Returns:
         A tensor of the input's shape and memory format, in the dtype of input + residual.
@@ -100,11 +104,12 @@ def batch_norm(
     numbers = (
         *(training, momentum, eps, channel_axis, parse(activation), order, nonfinite),
         *(correction, memory, torch.is_grad_enabled()),
+        Ranks.of(process_group) if training and process_group is not None else None,
     )
     options, plain = _recall(tensors, numbers)
     if lengths is not None:
         mask = _mask(lengths, input, options.axis)
-    if residual is not None and residual.dtype not in _DTYPES:
+    if residual is not None and residual.dtype not in DTYPES:
         residual = residual.to(input.dtype)
     y: Tensor
     if training:
@@ -206,8 +211,9 @@ def _checked(
     correction: int,
     memory: str,
     grad: bool,
+    ranks: Ranks | None,
 ) -> Options:
-    axis = check_input(input, channel_axis, training)
+    axis = check_input(input, channel_axis, training and ranks is None)
     if (running_mean is None) != (running_var is None):
         given, missing = "running_mean", "running_var"
         if running_mean is None:
@@ -259,7 +265,7 @@ def _checked(
     return Options.of(
         (input, weight, bias, residual),
         (momentum, correction, nonfinite == "skip") if training else None,
-        *(eps, axis, activation, order == "act_norm", memory == "inplace", grad, signature),
+        *(eps, axis, activation, order == "act_norm", memory == "inplace", grad, ranks, signature),
     )
 
 
@@ -317,7 +323,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64; "
             f"convert it with {name}.float()"
@@ -354,7 +360,7 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
             "be equal; expand the residual if it is to be broadcast"
         )
     _check_device("residual", residual, input)
-    if residual.dtype not in _DTYPES and (residual.is_floating_point() or residual.is_complex()):
+    if residual.dtype not in DTYPES and (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(
             f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64 or an "
             "integer"

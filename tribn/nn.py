@@ -124,6 +124,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             )
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
         training = self.training and not self.frozen
+        group = self._group() if training else None
         # As in torch.nn: without running statistics, evaluation uses the batch's too.
         batch = training or (running_mean is None and running_var is None)
         tracked = self.track_running_stats or not training
@@ -146,7 +147,12 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             nonfinite=self.nonfinite,
             correction=self.correction,
             memory=self.memory,
+            process_group=group,
         )
+
+    def _group(self) -> Any:
+        """The process group, if any, whose batches are one in training."""
+        return None
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         parameters, buffers = self._parameters, self._buffers
@@ -263,6 +269,61 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     `torch.nn.BatchNorm3d` in signature, semantics and state_dict; see `BatchNorm1d` for the
     arguments.
     """
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization by the statistics of the batches of all processes of a group.
+
+    Takes (N, C), (N, C, L), (N, C, H, W) and any more axes. `torch.nn.SyncBatchNorm` in signature,
+    semantics and state_dict, on CPUs too; see `BatchNorm1d` for the arguments and their defaults.
+
+    Output, gradient of the input, running statistics and counter are those of one process whose
+    batch is the concatenation of all of them, which may differ in size and be empty. The gradients
+    of weight and bias are of this process's batch alone: DistributedDataParallel and FSDP reduce
+    them along with all others. Each direction in training takes one collective, an `all_gather` of
+    16 * C + 16 bytes from each process in forward and of 16 * C in backward, whose results are
+    merged in the order of ranks: all processes have the same bits. Evaluation and frozen layers
+    take none. While torch.distributed is not initialized, or the group has one process, this is
+    plain batch normalization.
+
+    Args:
+        process_group: the torch.distributed.ProcessGroup; None for the default one, of all
+            processes.
+
+    Raises:
+        ValueError: the processes do not have the same number of channels and the same dtype; this
+            process is not of the group.
+        RuntimeError: a process failed, or did not come within the group's timeout.
+
+    All processes must run the same synchronized layers in the same order, backward too: the loss of
+    a process whose batch is empty must depend on the output all the same. It is no subclass of
+    torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on CPUs.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype), **options
+        )
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank that `batch_norm` takes."""
+
+    def _group(self) -> Any:
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        return self.process_group or torch.distributed.group.WORLD
 
 
 class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):

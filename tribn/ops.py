@@ -188,3 +188,64 @@ batch_norm_backward = _define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _fake_batch_norm_backward,
 )
+
+
+# Synchronized training: stages, between which the ranks' float64 rows are gathered.
+
+
+def _fake_sync_stats(x: Tensor, mask: Tensor | None, dtype: torch.dtype, axis: int, *_: Any) -> Any:
+    return x.new_empty(2 + 2 * x.shape[axis], dtype=torch.float64)
+
+
+sync_stats = _define(
+    "sync_stats",
+    f"(Tensor x, Tensor? mask, ScalarType dtype, int axis, {_ACTIVATION}) -> Tensor row",
+    _fake_sync_stats,
+)
+
+
+def _fake_sync_combine(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mean = rows.new_empty((rows.shape[1] - 2) // 2, dtype=args[-1])
+    return mean, torch.empty_like(mean), rows.new_empty((), dtype=torch.int64)
+
+
+sync_combine = _define(
+    "sync_combine",
+    "(Tensor rows, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked, float? momentum, int correction, bool skip_nonfinite,"
+    " ScalarType dtype) -> (Tensor mean, Tensor var, Tensor count)",
+    _fake_sync_combine,
+)
+
+
+def _fake_sync_backward_reduce(
+    dy: Tensor, x: Tensor | None, mean: Tensor, *args: Any
+) -> tuple[Tensor | None, ...]:
+    residual_dtype, wanted = args[-2:]
+    like = dy if x is None else x
+    dweight, dbias = (torch.empty_like(mean) if w else None for w in wanted[:2])
+    dresidual = torch.empty_like(like, dtype=residual_dtype) if wanted[2] else None
+    return mean.new_empty(2 * len(mean), dtype=torch.float64), dweight, dbias, dresidual
+
+
+sync_backward_reduce = _define(
+    "sync_backward_reduce",
+    "(Tensor dy, Tensor? x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    " Tensor? residual, Tensor? bits, Tensor? mask, float eps, int axis,"
+    f" {_ACTIVATION}, bool from_output, ScalarType? residual_dtype, bool[3] wanted)"
+    " -> (Tensor sums, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    _fake_sync_backward_reduce,
+)
+
+
+def _fake_sync_backward_dx(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, dtype=args[-1])
+
+
+sync_backward_dx = _define(
+    "sync_backward_dx",
+    "(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    " Tensor? residual, Tensor? bits, Tensor? mask, Tensor count, Tensor sums, float eps, int axis,"
+    f" {_ACTIVATION}, bool from_output, ScalarType dtype) -> Tensor dx",
+    _fake_sync_backward_dx,
+)

@@ -11,6 +11,7 @@ converted to a layout and a dtype that are slower and exact.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tribn.activation import Activation
 from tribn.launch import Layout, bits_shape, collapse
 
 aten = torch.ops.aten
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that are normalized
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -94,32 +96,49 @@ def batch_norm_train(
     )
     a = Activation(activation, p, q)(x.to(dtype)) if act_first else x
     mean, var, count = batch_stats(a, mask, axis)
-    n = int(count)
-    if n:
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        if running_mean is not None and running_var is not None:
-            factor: float | Tensor
-            if momentum is None:
-                assert num_batches_tracked is not None
-                factor = num_batches_tracked.to(mean.dtype).reciprocal()
-            else:
-                factor = momentum
-            moves = torch.ones_like(mean, dtype=torch.bool)
-            if skip_nonfinite:
-                moves = mean.isfinite() & var.isfinite()
-            updates = [(running_mean, mean)]
-            if n > correction:
-                updates.append((running_var, var * (n / (n - correction))))
-            for running, new in updates:
-                moved = running.to(new.dtype) * (1 - factor) + new * factor
-                running.copy_(torch.where(moves, moved, running) if skip_nonfinite else moved)
+    running = (running_mean, running_var, num_batches_tracked)
+    _track(mean, var, int(count), *running, momentum, correction, skip_nonfinite)
     mean, var = _cast(dtype, mean, var)
     y, bits = batch_norm_eval(
         *(x, mean, var, weight, bias, residual, mask, eps, axis),
         *(activation, p, q, act_first, save_bits),
     )
     return y, mean, var, None if mask is None else count, bits
+
+
+def _track(
+    mean: Tensor,
+    var: Tensor,
+    n: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    correction: int,
+    skip_nonfinite: bool,
+) -> None:
+    """Moves the running statistics towards those of n values; see `batch_norm_train`."""
+    if not n:
+        return
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is None or running_var is None:
+        return
+    factor: float | Tensor
+    if momentum is None:
+        assert num_batches_tracked is not None
+        factor = num_batches_tracked.to(mean.dtype).reciprocal()
+    else:
+        factor = momentum
+    moves = torch.ones_like(mean, dtype=torch.bool)
+    if skip_nonfinite:
+        moves = mean.isfinite() & var.isfinite()
+    updates = [(running_mean, mean)]
+    if n > correction:
+        updates.append((running_var, var * (n / (n - correction))))
+    for running, new in updates:
+        moved = running.to(new.dtype) * (1 - factor) + new * factor
+        running.copy_(torch.where(moves, moved, running) if skip_nonfinite else moved)
 
 
 def batch_norm_eval(
@@ -201,33 +220,10 @@ def batch_norm_backward(
     y, whence act'(z) and xhat = (z - bias) / weight are computed. `dtype` is that of dx.
     """
     like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
-    exact = accumulator(dy.dtype)
-    if x is not None and exact == torch.float64:
-        x = x.double()  # a residual may have made dy wider than x
     act = Activation(activation, p, q)
-    g, source, a = dy, None, x
-    if from_output and x is not None and x.numel():
-        g, source = dy.to(exact), act.inverse(x.to(exact), torch.finfo(x.dtype).eps / 2)
-        g = act.backward(g, source)
-        # x - mean, which is normalized as x is
-        shape = [-1 if d == axis else 1 for d in range(dy.dim())]
-        rstd = (var + eps).rsqrt()
-        scale = rstd if weight is None else rstd * weight.to(exact)
-        a = source if bias is None else source - bias.to(exact).view(shape)
-        a, mean = a / scale.view(shape), torch.zeros_like(mean)
-    elif activation is not None:
-        g = dy.to(exact)
-        if bits is not None:
-            source = unpack(bits, like, axis)
-        elif act_first and x is not None:
-            source = x.to(exact)
-        elif x is not None and x.numel():
-            source = _normalize(x.to(exact), mean, var, weight, bias, eps, axis)
-            source = source if residual is None else source + residual
-        if source is not None and not act_first:
-            g = act.backward(g, source)
-    if act_first and x is not None:
-        a = act(x.to(exact))
+    g, source, a, mean = _upstream(
+        *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
+    )
     if mask is None:
         dx, dweight, dbias = _backward(g, a, mean, var, weight, eps, training, axis, wanted[:3])
     else:
@@ -239,12 +235,222 @@ def batch_norm_backward(
             dx.movedim(axis, -1)[mask] = dx_rows
     if dx is not None:
         if act_first and activation is not None and source is not None:
-            dx = act.backward(dx.to(exact), source)
+            dx = act.backward(dx.to(accumulator(dy.dtype)), source)
             dx = dx if mask is None else dx.masked_fill(~mask.unsqueeze(axis), 0)
         if dx.dtype != dtype or dx.stride() != like.stride():
             dx = torch.empty_like(like, dtype=dtype).copy_(dx)
     dresidual = torch.empty_like(like, dtype=residual_dtype).copy_(g) if wanted[3] else None
     return dx, dweight, dbias, dresidual
+
+
+def _upstream(
+    dy: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    eps: float,
+    axis: int,
+    act: Activation,
+    act_first: bool,
+    from_output: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """act'(z) * dy, what act was applied to, and what was normalized with its mean.
+
+    See `batch_norm_backward`. From the output comes x - mean, which is normalized as x is.
+    """
+    exact = accumulator(dy.dtype)
+    if x is not None and exact == torch.float64:
+        x = x.double()  # a residual may have made dy wider than x
+    g, source, a = dy, None, x
+    if from_output and x is not None and x.numel():
+        g, source = dy.to(exact), act.inverse(x.to(exact), torch.finfo(x.dtype).eps / 2)
+        g = act.backward(g, source)
+        shape = [-1 if d == axis else 1 for d in range(dy.dim())]
+        rstd = (var + eps).rsqrt()
+        scale = rstd if weight is None else rstd * weight.to(exact)
+        a = source if bias is None else source - bias.to(exact).view(shape)
+        a, mean = a / scale.view(shape), torch.zeros_like(mean)
+    elif act.name is not None:
+        g = dy.to(exact)
+        if bits is not None:
+            like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
+            source = unpack(bits, like, axis)
+        elif act_first and x is not None:
+            source = x.to(exact)
+        elif x is not None and x.numel():
+            source = _normalize(x.to(exact), mean, var, weight, bias, eps, axis)
+            source = source if residual is None else source + residual
+        if source is not None and not act_first:
+            g = act.backward(g, source)
+    if act_first and x is not None:
+        a = act(x.to(exact))
+    return g, source, a, mean
+
+
+# Synchronized training: the same stages, between which what the ranks have is gathered. In forward
+# a rank's row of float64 numbers is [C and dtype, count, C means, C sums of squared deviations].
+
+
+def sync_stats(
+    x: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    axis: int,
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+) -> Tensor:
+    """This rank's row of statistics of x, or with `act_first` of act(x), [2 + 2 * C] float64.
+
+    `dtype` is that of the arithmetic.
+    """
+    a = Activation(activation, p, q)(x.to(dtype)) if act_first else x
+    mean, var, count = batch_stats(a.double(), mask, axis)
+    head = torch.stack((torch.tensor(kind(x.dtype, len(mean)), device=x.device), count))
+    return torch.cat((head.double(), mean, var * count))
+
+
+def sync_combine(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    correction: int,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count of all ranks' rows [W, 2 + 2 * C], by Chan's formula.
+
+    The running statistics move as in `batch_norm_train`. Raises ValueError, before they do, if the
+    ranks differ in C or dtype.
+    """
+    kinds, counts = rows[:, :2].long().unbind(1)
+    if (kinds != kinds[0]).any():
+        raise ValueError(differing(list(map(describe, kinds.tolist()))))
+    means, m2s = rows[:, 2:].unflatten(1, (2, -1)).unbind(1)
+    count, n = counts.sum(), counts.unsqueeze(1)
+    mean = (n * means).sum(0) / count.clamp(min=1)
+    m2 = (m2s + n * (means - mean).square()).sum(0)
+    var = m2 / count.clamp(min=1)
+    running = (running_mean, running_var, num_batches_tracked)
+    _track(mean, var, int(count), *running, momentum, correction, skip_nonfinite)
+    return mean.to(dtype), var.to(dtype), count
+
+
+def sync_backward_reduce(
+    dy: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    axis: int,
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    from_output: bool,
+    residual_dtype: torch.dtype | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """This rank's sums of g and g * (x - mean), [2 * C] float64; dweight, dbias and dresidual.
+
+    As in `batch_norm_backward`; without x the second sum is 0.
+    """
+    act = Activation(activation, p, q)
+    g, _, a, mean = _upstream(
+        *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
+    )
+    others = [d for d in range(dy.dim()) if d != axis]
+    g = _inside(g.to(mean.dtype), mask, axis)
+    sums = torch.zeros(2, len(mean), dtype=torch.float64, device=dy.device)
+    sums[0] = g.sum(others, dtype=torch.float64)
+    if a is not None:
+        product = _inside(g * _deviation(a, mean, axis), mask, axis)
+        sums[1] = product.sum(others, dtype=torch.float64)
+    dweight = (sums[1] * (var + eps).rsqrt()).to(mean.dtype) if wanted[0] else None
+    dbias = sums[0].to(mean.dtype) if wanted[1] else None
+    like = torch.empty_like(dy if x is None else x, dtype=residual_dtype)
+    return sums.flatten(), dweight, dbias, like.copy_(g) if wanted[2] else None
+
+
+def sync_backward_dx(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor,
+    sums: Tensor,
+    eps: float,
+    axis: int,
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    from_output: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of x by the sums [2 * C] and the count of all ranks."""
+    act = Activation(activation, p, q)
+    g, source, a, mean = _upstream(
+        *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
+    )
+    assert a is not None
+    shape = [-1 if d == axis else 1 for d in range(dy.dim())]
+    offset, slope = (sums / count.clamp(min=1)).view(2, -1)
+    offset, slope = (t.to(mean.dtype).view(shape) for t in (offset, slope / (var + eps)))
+    weight, var = _cast(mean.dtype, weight, var)
+    dx = g.to(mean.dtype) - offset - _deviation(a, mean, axis) * slope
+    dx = dx * _scale(var, weight, eps).view(shape)
+    if act_first and source is not None:
+        dx = act.backward(dx, source)
+    return torch.empty_like(x, dtype=dtype).copy_(_inside(dx, mask, axis))
+
+
+def _deviation(a: Tensor, mean: Tensor, axis: int) -> Tensor:
+    return a.to(mean.dtype) - mean.view([-1 if d == axis else 1 for d in range(a.dim())])
+
+
+def _inside(t: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """t, and 0 where the mask is false."""
+    return t if mask is None else t.masked_fill(~mask.unsqueeze(axis), 0)
+
+
+def kind(dtype: torch.dtype, channels: int) -> int:
+    """A number for what all ranks must have in common."""
+    return channels * len(DTYPES) + DTYPES.index(dtype)
+
+
+def describe(kind: int) -> str:
+    channels, dtype = divmod(kind, len(DTYPES))
+    return f"{channels} channels of {DTYPES[dtype]}"
+
+
+def differing(kinds: list[str]) -> str:
+    """What to say when ranks do not have the same: what each of them has."""
+    ranks = defaultdict(list)
+    for rank, text in enumerate(kinds):
+        ranks[text].append(str(rank))
+    found = "; ".join(f"{text} on rank {', '.join(of)}" for text, of in ranks.items())
+    return (
+        f"synchronized batch norm has {found} of the process group: all ranks must call the same "
+        "layers in the same order, with inputs of one dtype"
+    )
 
 
 def _normalize(
