@@ -20,6 +20,7 @@ ORDER = [
     "nn",
     "functional",
     "autograd",
+    "distributed",
     "ops",
     "kernels",
     "reference",

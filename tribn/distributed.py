@@ -7,6 +7,9 @@ first. The host waits for nothing on a GPU.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -61,7 +64,8 @@ def batch_norm_train(
         x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     )
     row = ops.run(ops.sync_stats, plain, x, mask, dtype, axis, *activation)
-    _agree(row, ranks, kind(x.dtype, x.shape[axis]))
+    check = torch.ops.tribn.agree if torch.compiler.is_compiling() else agree
+    check(row, ranks.group, kind(x.dtype, x.shape[axis]))
     mean, var, count = ops.run(
         *(ops.sync_combine, plain, _gather(row, ranks)),
         *(running_mean, running_var, num_batches_tracked),
@@ -125,17 +129,107 @@ def all_sum(t: Tensor, ranks: Ranks | None) -> Tensor:
 
 def _gather(row: Tensor, ranks: Ranks) -> Tensor:
     """All ranks' rows, [ranks, len(row)]."""
-    gather, wait = (
-        getattr(torch.ops._c10d_functional, name) for name in ("all_gather_into_tensor", "wait_tensor")
-    )
-    rows = gather(row.contiguous(), ranks.size, ranks.group)
     if torch.compiler.is_compiling():
-        return wait(rows).view(ranks.size, -1)
+        return _gathered(row, ranks)
     try:
-        return wait(rows).view(ranks.size, -1)
+        return _gathered(row, ranks)
     except RuntimeError as error:
-        raise RuntimeError("TODO") from error
+        raise RuntimeError(_failure(ranks, row.device)) from error
 
 
-def _agree(row: Tensor, ranks: Ranks, kind: int) -> None:
-    pass
+def _gathered(row: Tensor, ranks: Ranks) -> Tensor:
+    collectives = torch.ops._c10d_functional
+    rows = collectives.all_gather_into_tensor(row.contiguous(), ranks.size, ranks.group)
+    rows = collectives.wait_tensor(rows)
+    return rows.view(ranks.size, -1)  # type: ignore[no-any-return]
+
+
+# Rows of different lengths must never meet in a collective: one that is told to expect another
+# length aborts the process, or gives wrong numbers. Whoever comes with a kind that is new to it
+# waits until all ranks of the group have said which they come with.
+
+
+@dataclass
+class _Met:
+    """What a process group's ranks are known to have in common."""
+
+    kinds: set[int] = field(default_factory=set)
+    turns: int = 0  # in which all ranks have said what they come with
+
+
+_met: WeakKeyDictionary[Any, _Met] = WeakKeyDictionary()
+
+
+def agree(row: Tensor, group: str, kind: int) -> None:
+    """Waits, if it is of a new kind, for all ranks of a group to come with a row of that kind.
+
+    Raises:
+        ValueError: another rank has come with another kind.
+        RuntimeError: not all ranks have come within the group's timeout.
+    """
+    found = _resolve(group)
+    met = _met.setdefault(found, _Met())
+    if kind in met.kinds:
+        return
+    store, timeout = _store(found), _timeout(found, row.device)
+    turn = f"tribn/{met.turns}"
+    met.turns += 1
+    store.set(f"{turn}/rank/{found.rank()}", str(kind))
+    store.add(f"{turn}/kind/{kind}", 1)
+    if store.add(f"{turn}/come", 1) == found.size():  # the last one, when all have added theirs
+        same = store.add(f"{turn}/kind/{kind}", 0) == found.size()
+        store.set(f"{turn}/same", str(same))
+    try:
+        store.wait([f"{turn}/same"], timeout)
+    except RuntimeError as error:
+        come = _come(found, turn)
+        missing = [rank for rank in range(found.size()) if rank not in come]
+        raise RuntimeError(
+            f"rank {found.rank()} of the process group waited {timeout} in a synchronized batch "
+            f"norm of {describe(kind)} for rank {', '.join(map(str, missing))}: all ranks must call "
+            "the same layers in the same order"
+        ) from error
+    if store.get(f"{turn}/same") != b"True":
+        raise ValueError(differing(list(map(describe, _come(found, turn).values()))))
+    met.kinds.add(kind)
+
+
+def _come(group: Any, turn: str) -> dict[int, int]:
+    """The kinds that ranks have come with in a turn."""
+    store = _store(group)
+    keys = {rank: f"{turn}/rank/{rank}" for rank in range(group.size())}
+    return {rank: int(store.get(key)) for rank, key in keys.items() if store.check([key])}
+
+
+def _failure(ranks: Ranks, device: torch.device) -> str:
+    """What to say when a collective has failed."""
+    group = _resolve(ranks.group)
+    text = (
+        f"a collective of synchronized batch norm failed on rank {group.rank()} of {ranks.size} of "
+        f"the process group: another rank has died, or did not come within {_timeout(group, device)}. All "
+        "ranks must call the same layers in the same order, backward too. The running statistics "
+        "are those from before"
+    )
+    with suppress(RuntimeError):  # the store may have died too
+        for rank, kind in _come(group, f"tribn/{_met[group].turns}").items():
+            text += f"; rank {rank} has come with {describe(kind)}, which is new to it"
+    return text
+
+
+def _resolve(name: str) -> Any:
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def _store(group: Any) -> Any:
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
+def _timeout(group: Any, device: torch.device) -> timedelta:
+    return group._get_backend(device).options._timeout  # type: ignore[no-any-return]
+
+
+_lib = torch.library.Library("tribn", "FRAGMENT")
+# Said to change the row, so that no compiler moves it behind the collective.
+_lib.define("agree(Tensor(a!) row, str group, int kind) -> ()")
+_lib.impl("agree", agree, "CompositeExplicitAutograd")
+torch.library.register_fake("tribn::agree", lambda row, group, kind: None, lib=_lib)

@@ -448,8 +448,8 @@ def differing(kinds: list[str]) -> str:
         ranks[text].append(str(rank))
     found = "; ".join(f"{text} on rank {', '.join(of)}" for text, of in ranks.items())
     return (
-        f"synchronized batch norm has {found} of the process group: all ranks must call the same "
-        "layers in the same order, with inputs of one dtype"
+        f"the ranks of a synchronized batch norm differ: {found}. All must call the same layers in "
+        "the same order, with inputs of one dtype"
     )
 
 

@@ -253,7 +253,7 @@ def store_and_track(
     running_var_ptr,
     mean_ptr,
     var_ptr,
-    mask_ptr,
+    MAY_BE_EMPTY: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -263,14 +263,14 @@ def store_and_track(
     store(var_ptr, c, var, c_mask, "")
     if running_mean_ptr is not None:
         moves = c_mask
-        if mask_ptr is not None:
+        if MAY_BE_EMPTY:
             moves = moves & (count > 0)
         if SKIP_NONFINITE:
             finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
             moves = moves & finite
         running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
         store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves, "")
-        if mask_ptr is not None:
+        if MAY_BE_EMPTY:
             moves = moves & (count > correction)
         unbiased = m2 * reciprocal(count - correction)
         running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
@@ -415,7 +415,8 @@ def normalize_kernel(
                 momentum = reciprocal(tl.load(num_batches_tracked_ptr))
             store_and_track(
                 *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
-                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr, SKIP_NONFINITE, DTYPE, BLOCK_C),
+                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None, SKIP_NONFINITE, DTYPE),
+                BLOCK_C,
             )
             if count_ptr is not None:
                 if pid == 0:
@@ -561,7 +562,8 @@ def forward_kernel(
         if member == 0:
             store_and_track(
                 *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
-                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr, SKIP_NONFINITE, DTYPE, BLOCK_C),
+                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None, SKIP_NONFINITE, DTYPE),
+                BLOCK_C,
             )
             if slab == group:
                 total = tl.max(count, 0).to(tl.int64)

@@ -1,0 +1,254 @@
+"""Operators of synchronized training: the stages of two launches, cut where ranks are gathered.
+
+`sync_stats` packs a rank's partial statistics into one row, `sync_combine` merges the rows of all
+ranks and moves the running statistics, and evaluation's operator normalizes. In backward the sums
+that `backward_combine` merges are a rank's row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tribn.kernels import backward, forward
+from tribn.kernels.backward import backward_combine, backward_dx_kernel, backward_reduce_kernel
+from tribn.kernels.forward import stats_kernel, store_and_track
+from tribn.kernels.host import dense, prepare
+from tribn.kernels.tile import PER_CHANNEL, merge_rows, merge_stats, reciprocal
+from tribn.launch import COMBINE_C, MERGE, Plan
+from tribn.reference import kind
+
+
+@triton.jit(do_not_specialize=["kind", "C", "G"], do_not_specialize_on_alignment=["row_ptr"])
+def pack_kernel(
+    row_ptr,  # [2 + 2 * C] float64: kind, count, means, sums of squared deviations
+    partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
+    kind: tl.float64,
+    C: tl.int64,
+    G: tl.int64,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Merges the statistics of G parts into a row. Grid: (channel blocks,)."""
+    pid = tl.program_id(0)
+    c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < C
+    count, mean, m2 = merge_stats(partials_ptr, G, C, c, mask, BLOCK_G, BLOCK_C)
+    tl.store(row_ptr + 2 + c, mean, mask)
+    tl.store(row_ptr + 2 + C + c, m2, mask)
+    if pid == 0:
+        tl.store(row_ptr, kind)
+        tl.store(row_ptr + 1, tl.max(count, 0))
+
+
+def sync_stats(
+    x: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    axis: int,
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    plan: Plan | None = None,
+) -> Tensor:
+    C = x.shape[axis]
+    number = float(kind(x.dtype, C))
+    if not x.numel():
+        row = x.new_zeros((2 + 2 * C,), dtype=torch.float64)
+        row[0].fill_(number)
+        return row
+    row = x.new_empty((2 + 2 * C,), dtype=torch.float64)
+    like = torch.empty_like(x, device="meta")
+    launch, (x,), mask = prepare(axis, like, dtype, (x,), mask, 0, plan=plan)
+    partials = x.new_empty((3, launch.plan.splits, C), dtype=torch.float64)
+    function = dict(forward._constants(activation, p, q, act_first, False))["PRE"]
+    launch(stats_kernel, (partials, None, x, mask), (p, q), (1,), (("PRE", function),))
+    with torch.cuda.device_of(row):
+        pack_kernel[(triton.cdiv(C, COMBINE_C),)](
+            row, partials, number, C, partials.shape[1], BLOCK_G=MERGE, BLOCK_C=COMBINE_C
+        )
+    return row
+
+
+@triton.jit(do_not_specialize=["C", "W"], do_not_specialize_on_alignment=PER_CHANNEL)
+def sync_combine_kernel(
+    running_mean_ptr,  # [C], updated
+    running_var_ptr,  # [C], updated
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    count_ptr,  # [] int64
+    num_batches_tracked_ptr,  # [], incremented if anything counts
+    tracked_ptr,  # [], as num_batches_tracked was before, if CUMULATIVE
+    rows_ptr,  # [W, 2 + 2 * C] float64: kinds, counts, means, sums of squared deviations
+    momentum: tl.float64,
+    correction: tl.float64,
+    C: tl.int64,
+    W: tl.int64,
+    CUMULATIVE: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Merges the statistics of W ranks, and moves the running ones towards them.
+
+    If the ranks' kinds differ the statistics are NaN, and nothing moves. Grid: (channel blocks,).
+    """
+    pid = tl.program_id(0)
+    c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < C
+    stride = 2 + 2 * C
+    first = tl.load(rows_ptr)
+    differing = tl.zeros([BLOCK_W], tl.int32)
+    for start in range(0, W, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        kinds = tl.load(rows_ptr + w * stride, w < W, other=0.0)
+        differing += ((w < W) & (kinds != first)).to(tl.int32)
+    count, mean, m2 = merge_rows(
+        *(rows_ptr + 2, rows_ptr + 2 + C, rows_ptr + 1, W, stride, c, c * 0, c_mask),
+        *(BLOCK_W, BLOCK_C),
+    )
+    if tl.sum(differing, 0) > 0:
+        count, mean, m2 = count * 0, mean + float("nan"), m2 + float("nan")
+    if CUMULATIVE:
+        momentum = reciprocal(tl.load(tracked_ptr) + 1)
+    var = m2 * reciprocal(count)
+    store_and_track(
+        *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
+        *(running_var_ptr, mean_ptr, var_ptr, True, SKIP_NONFINITE, DTYPE, BLOCK_C),
+    )
+    if pid == 0:
+        total = tl.max(count, 0).to(tl.int64)
+        tl.store(count_ptr, total)
+        if num_batches_tracked_ptr is not None:
+            tracked = tl.load(num_batches_tracked_ptr)
+            tl.store(num_batches_tracked_ptr, tracked + (total > 0).to(tl.int64))
+
+
+def sync_combine(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    correction: int,
+    skip_nonfinite: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    W, size = rows.shape
+    C = (size - 2) // 2
+    mean, var = (rows.new_empty((C,), dtype=dtype) for _ in range(2))
+    if not C:
+        return mean, var, rows.new_zeros((), dtype=torch.int64)
+    count = rows.new_empty((), dtype=torch.int64)
+    given = (running_mean, running_var)
+    states = dense(*given)
+    cumulative = momentum is None and num_batches_tracked is not None
+    tracked = num_batches_tracked.clone() if cumulative else None
+    with torch.cuda.device_of(rows):
+        sync_combine_kernel[(triton.cdiv(C, COMBINE_C),)](
+            *(*states, mean, var, count, num_batches_tracked, tracked, rows),
+            *(momentum or 0.0, float(correction), C, W),
+            CUMULATIVE=cumulative,
+            SKIP_NONFINITE=skip_nonfinite,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+            BLOCK_W=MERGE,
+            BLOCK_C=COMBINE_C,
+        )
+    for state, written in zip(given, states, strict=True):
+        if state is not written:
+            state.copy_(written)
+    torch.autograd.graph.increment_version(
+        [t for t in (*given, num_batches_tracked) if t is not None]
+    )
+    return mean, var, count
+
+
+def sync_backward_reduce(
+    dy: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    axis: int,
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    from_output: bool,
+    residual_dtype: torch.dtype | None,
+    wanted: list[bool],
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    like = torch.empty_like(dy if x is None else x, device="meta")
+    allocate = torch.empty_like if dy.numel() else torch.zeros_like
+    dweight, dbias = (allocate(mean) if w else None for w in wanted[:2])
+    dresidual = None
+    if wanted[2]:
+        dresidual = torch.empty_like(like, dtype=residual_dtype, device=dy.device)
+    if not dy.numel():
+        sums = mean.new_zeros((2 * len(mean),), dtype=torch.float64)
+        return sums, dweight, dbias, dresidual
+    launch, (x, dy, residual), mask = prepare(
+        axis, like, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
+    )
+    mean, var, weight, bias = dense(mean, var, weight, bias)
+    partials = dy.new_empty((2, launch.plan.splits, len(mean)), dtype=torch.float64)
+    launch(
+        backward_reduce_kernel,
+        (partials, None, dresidual, mean, var, weight, bias, x, dy, residual, bits, mask),
+        (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
+        (0, 1, 2, 3),
+        backward._constants(activation, p, q, act_first, from_output, False),
+    )
+    sums = backward_combine(partials, dweight, dbias, var, eps)
+    return sums.flatten(), dweight, dbias, dresidual
+
+
+def sync_backward_dx(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor,
+    sums: Tensor,
+    eps: float,
+    axis: int,
+    activation: str | None,
+    p: float,
+    q: float,
+    act_first: bool,
+    from_output: bool,
+    dtype: torch.dtype,
+    plan: Plan | None = None,
+) -> Tensor:
+    dx = torch.empty_like(x, dtype=dtype)
+    if not dx.numel():
+        return dx
+    launch, (x, dy, residual), mask = prepare(
+        axis, dx, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
+    )
+    channels = dense(mean, var, weight, bias)
+    partials = sums.view(2, 1, -1)
+    constants = backward._constants(activation, p, q, act_first, from_output, True)
+    launch(
+        backward_dx_kernel,
+        (dx, None, None, *channels, count, partials, x, dy, residual, bits, mask),
+        (1, eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
+        (0, 1, 2, 3),
+        (*constants, ("BLOCK_G", 1)),
+    )
+    return dx
