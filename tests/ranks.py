@@ -8,6 +8,7 @@ They are kept from one test to the next, for each has to import torch.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,15 +45,18 @@ class Pool:
             theirs.close()
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What it returns on each rank; raises what it raises on any."""
+        """What it returns on each rank, None of one that has died; raises what it raises on any."""
         for connection in self._connections:
-            connection.send((function, args))
+            _send(connection, (function, args))
         results = []
         for rank, connection in enumerate(self._connections):
             if not connection.poll(PATIENCE):
                 self.close()
                 raise TimeoutError(f"rank {rank} is not done in {PATIENCE} s")
-            results.append(connection.recv())
+            try:
+                results.append(_receive(connection))
+            except EOFError:
+                results.append((None, None))
         failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(results) if text]
         if failures:
             raise AssertionError("\n".join(failures))
@@ -76,11 +80,20 @@ def _serve(connection: Connection, rank: int, size: int, store: str, timeout: fl
     )
     with suppress(EOFError):
         while True:
-            function, args = connection.recv()
+            function, args = _receive(connection)
             try:
-                connection.send((None, function(rank, *args)))
+                _send(connection, (None, function(rank, *args)))
             except BaseException:
-                connection.send((traceback.format_exc(), None))
+                _send(connection, (traceback.format_exc(), None))
+
+
+def _send(connection: Connection, value: Any) -> None:
+    """Tensors by their values: torch's own way shares memory, which ends with its process."""
+    connection.send_bytes(pickle.dumps(value))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
 
 
 def group_of(ranks: Sequence[int], timeout: float | None = None) -> dist.ProcessGroup | None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-
+import inspect
+import os
+import random
+import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import (
     BF16,
-    EPS,
     F16,
     F32,
     F64,
     INTERPRET,
-    MOMENTUM,
     Case,
-    Exact,
     Fused,
     Inputs,
     assert_accurate,
@@ -27,15 +27,12 @@ from cases import (
     exact,
     fused_exact,
     run,
-    torch_batch_norm,
     ulp,
-    wide,
-    without,
 )
 from ranks import Pool, group_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tribn
-from tribn import functional
 from tribn.functional import batch_norm
 
 RANKS = (2, 3, 4)
@@ -146,7 +143,11 @@ TALL = ("y", "dx", "dresidual")  # what has samples
 SUMS = ("dweight", "dbias")  # what is of a rank's batch alone
 
 
-@pytest.mark.parametrize(("ranks", "deal"), [(w, d) for w in RANKS for d in DEALS[w]])
+# In the interpreter one is enough: it differs only in the stages, which know no other ranks.
+DEALT = [(3, "empty")] if INTERPRET else [(w, d) for w in RANKS for d in DEALS[w]]
+
+
+@pytest.mark.parametrize(("ranks", "deal"), DEALT)
 @pytest.mark.parametrize("name", ROWS)
 def test_as_accurate_as_one_process(name, ranks, deal, pool):
     t, options = ROWS[name].inputs(ranks, deal)
@@ -168,3 +169,348 @@ def test_as_accurate_as_one_process(name, ranks, deal, pool):
             assert all(torch.equal(part, parts[0]) for part in parts), key
             whole = parts[0]
         assert_accurate(whole, expected[key], oracle.values, key, slack)
+
+
+# Modules
+
+
+def module_steps(rank, name, options):
+    """Three steps of a layer on this rank's batches: outputs and state; None if it takes no part.
+
+    Without a rank the layer sees all batches at once.
+    """
+    torch.manual_seed(0)
+    batches = torch.randn(3, 9, 4, 5)
+    cls = tribn.BatchNorm1d
+    if rank is not None:
+        cls, batches = tribn.SyncBatchNorm, batches[:, shares(9, 4, "empty")[rank]]
+    layer = cls(4, **options)
+    if name == "frozen":
+        tribn.freeze(layer)
+    if name == "without statistics, evaluated":
+        layer.eval()
+    outputs = [layer(batch) for batch in batches]
+    return torch.cat(outputs, 1), layer.state_dict()
+
+
+MODULES = {
+    "plain": {},
+    "average": {"momentum": None},
+    "without affine": {"affine": False},
+    "without statistics": {"track_running_stats": False},
+    "biased": {"correction": 0},
+    "wide statistics": {"stats_dtype": F64},
+    "inplace": {"activation": "leaky_relu", "memory": "inplace"},
+    "frozen": {},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_equals_one_of_one_process(name, pool):
+    expected, state = module_steps(None, name, MODULES[name])
+    results = pool(module_steps, name, MODULES[name])
+    torch.testing.assert_close(torch.cat([y for y, _ in results], 0), expected, atol=1e-6, rtol=0)
+    for _, of_rank in results:
+        assert of_rank.keys() == state.keys()
+        for key, value in of_rank.items():
+            torch.testing.assert_close(value, state[key], atol=1e-6, rtol=1e-6)
+            assert torch.equal(value, results[0][1][key]), key
+
+
+def test_signature_is_torchs_and_then_keywords():
+    ours, theirs = (
+        list(inspect.signature(cls).parameters.values())
+        for cls in (tribn.SyncBatchNorm, torch.nn.SyncBatchNorm)
+    )
+    positional = [p for p in theirs if p.kind == p.POSITIONAL_OR_KEYWORD]
+    for our, their in zip(ours, positional, strict=False):
+        assert (our.name, our.kind, our.default) == (their.name, their.kind, their.default)
+    assert inspect.signature(tribn.BatchNorm1d).parameters.keys() <= {p.name for p in ours}
+
+
+def test_checkpoints_are_torchs():
+    ours, theirs = tribn.SyncBatchNorm(5), torch.nn.SyncBatchNorm(5)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_alone_it_is_batch_norm():
+    x = torch.randn(6, 3, 4)
+    layer, expected = (
+        tribn.SyncBatchNorm(3, activation="silu"),
+        tribn.BatchNorm1d(3, activation="silu"),
+    )
+    assert torch.equal(layer(x), expected(x))
+    assert torch.equal(layer.running_var, expected.running_var)
+    with pytest.raises(ValueError, match="one value per channel"):
+        layer(torch.randn(1, 3))
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the bytes that this rank gives to each collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name.startswith(("c10d", "_c10d_functional")) and "wait" not in name:
+            assert name == "_c10d_functional::all_gather_into_tensor"
+            self.bytes.append(args[0].nbytes)
+        return function(*args, **(kwargs or {}))
+
+
+def bytes_of(rank, C, dtype, gradient, mode):
+    layer = tribn.SyncBatchNorm(C, activation="relu", dtype=F32)
+    x = torch.randn(3, C, 8).to(dtype).requires_grad_(gradient)
+    if mode == "eval":
+        layer.eval()
+    if mode == "frozen":
+        tribn.freeze(layer)
+    with Collectives() as forward:
+        y = layer(x, residual=x.detach(), mask=torch.ones(3, 8, dtype=torch.bool))
+    with Collectives() as backward:
+        y.backward(torch.ones_like(y))
+    return forward.bytes, backward.bytes
+
+
+@pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
+def test_one_collective_in_each_direction(dtype, pool):
+    """Of as many bytes as the documentation says, whatever goes along with it."""
+    C = 24
+    expected = [16 * C + 16], [16 * C]
+    assert pool(bytes_of, C, dtype, True, "train") == [expected] * 4
+    # Parameters alone need nothing from others.
+    assert pool(bytes_of, C, dtype, False, "train") == [(expected[0], [])] * 4
+    for mode in ("eval", "frozen"):
+        assert pool(bytes_of, C, dtype, True, mode) == [([], [])] * 4
+
+
+def late(rank, seed):
+    """Results of two layers when ranks arrive in any order."""
+    delays = random.Random(10 * seed + rank)
+    torch.manual_seed(rank)
+    x = torch.randn(5, 6, 7, dtype=F64).requires_grad_()
+    torch.manual_seed(0)
+    first, second = (tribn.SyncBatchNorm(6, activation=act, dtype=F64) for act in ("tanh", None))
+    time.sleep(delays.random() / 20)
+    y = first(x)
+    time.sleep(delays.random() / 20)
+    y = second(y)
+    time.sleep(delays.random() / 20)
+    y.square().mul(rank + 1).sum().backward()
+    return [y.detach(), x.grad, *(s for layer in (first, second) for s in layer.buffers())]
+
+
+def test_same_bits_on_every_rank_and_in_every_run(pool):
+    """In float64, in which another order of sums shows."""
+    runs = [pool(late, seed) for seed in range(4)]
+    for run_ in runs:
+        for rank, results in enumerate(run_):
+            assert all(map(torch.equal, results, runs[0][rank]))
+            assert all(map(torch.equal, results[2:], run_[0][2:]))
+
+
+def second_order(rank, name):
+    """y, its gradients, and those of a function of these, in float64."""
+    options = dict(SECOND[name])
+    torch.manual_seed(0)
+    x, dy, residual, z = torch.randn(4, 9, 3, 4, dtype=F64)
+    mask = torch.rand(9, 4) < 0.6 if options.pop("masked", False) else None
+    group = None
+    if rank is not None:
+        share = shares(9, 4, "uneven")[rank]
+        x, dy, residual, z = (t[share] for t in (x, dy, residual, z))
+        mask = None if mask is None else mask[share]
+        group = dist.group.WORLD
+    weight, bias = torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual, dy)]
+    x, weight, bias, residual, dy = leaves
+    if options.pop("residual", False):
+        options["residual"] = residual
+    y = batch_norm(*(x, None, None, weight, bias, True), mask=mask, process_group=group, **options)
+    dx, dweight, dbias = torch.autograd.grad(y, leaves[:3], dy, create_graph=True)
+    # Of what is of this rank's batch alone the sum over ranks is linear.
+    value = (dx.tanh() * z).sum() + (dweight + dbias * weight).sum()
+    grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return [t.detach() for t in (y, dx, dweight, dbias, *grads)]
+
+
+SECOND = {
+    "plain": {},
+    "silu": {"activation": "silu"},
+    "relu and residual": {"activation": "relu", "residual": True},
+    "activation first": {"activation": "tanh", "order": "act_norm"},
+    "mask": {"activation": "sigmoid", "masked": True},
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_gradients_of_gradients(name, pool):
+    expected, results = second_order(None, name), pool(second_order, name)
+    for i, value in enumerate(expected):
+        parts = [result[i] for result in results]
+        whole = torch.cat(parts) if value.dim() > 1 else sum(parts)
+        torch.testing.assert_close(whole, value)
+
+
+def compiled(rank, backend, **options):
+    """Steps of a layer, eager and compiled as a whole."""
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(rank)
+        layer = tribn.SyncBatchNorm(5, **options)
+        function = torch.compile(layer, fullgraph=True, backend=backend) if compile else layer
+        found = []
+        for _ in range(2):
+            x = torch.randn(3 + rank, 5, 6, requires_grad=True)
+            y = function(x)
+            y.backward(torch.randn_like(y))
+            found += [y.detach(), x.grad]
+        results.append([*found, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    return results
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_as_a_whole(momentum, pool):
+    for eager, found in pool(partial(compiled, momentum=momentum, activation="silu"), "aot_eager"):
+        for ours, expected in zip(found, eager, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_evaluation_is_exported_without_collectives(pool):
+    pool(exported)
+
+
+def exported(rank):
+    layer = tribn.SyncBatchNorm(5, activation="relu")
+    layer(torch.randn(3, 5, 6))
+    layer.eval()
+    x = torch.randn(2, 5, 6)
+    program = torch.export.export(layer, (x,))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any("batch_norm_eval" in call for call in calls)
+    assert not any("c10d" in call or "agree" in call for call in calls)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# What goes wrong
+
+
+def attempt(layer, x):
+    """What is raised, after how many seconds, and whether the layer's statistics stayed."""
+    before, start = [b.clone() for b in layer.buffers()], time.monotonic()
+    try:
+        layer(x)
+    except (ValueError, RuntimeError) as error:
+        seconds = time.monotonic() - start
+        same = all(map(torch.equal, before, layer.buffers()))
+        return type(error), str(error), seconds, same
+    raise AssertionError("nothing was raised")
+
+
+TIMEOUT = 2
+# A FileStore looks but once a second.
+BOUND = TIMEOUT + 3
+
+
+def disagreeing(rank, what):
+    group = group_of([0, 1, 2], TIMEOUT)
+    if group is None:
+        return None
+    C, dtype = 5, F32
+    layer = tribn.SyncBatchNorm(C, process_group=group)
+    if what != "channels":  # not the first time
+        layer(torch.randn(4, C))
+    if what == "known dtype":
+        layer(torch.randn(4, C, dtype=BF16))
+    if rank == 1 and what == "channels":
+        C = 6
+        layer = tribn.SyncBatchNorm(C, process_group=group)
+    elif rank == 1:
+        dtype = BF16
+    return attempt(layer, torch.randn(4, C, dtype=dtype))
+
+
+def test_channels_that_differ_are_named_on_every_rank(pool):
+    for error, text, _, same in pool(disagreeing, "channels")[:3]:
+        assert error is ValueError
+        assert (
+            "5 channels of torch.float32 on rank 0, 2; 6 channels of torch.float32 on rank 1"
+            in text
+        )
+        assert same
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels cannot raise: they make the statistics NaN")
+def test_dtypes_that_differ_are_named_on_every_rank(pool):
+    for error, text, _, same in pool(disagreeing, "known dtype")[:3]:
+        assert error is ValueError
+        assert "on rank 0, 2; 5 channels of torch.bfloat16 on rank 1" in text
+        assert same
+
+
+def test_a_dtype_new_to_one_rank_is_named_on_every_rank(pool):
+    results = pool(disagreeing, "new dtype")[:3]
+    for rank, (error, text, seconds, same) in enumerate(results):
+        assert error is RuntimeError
+        assert "5 channels of torch.bfloat16" in text
+        assert ("for rank 0, 2" if rank == 1 else "rank 1 has come with") in text
+        assert seconds < BOUND
+        assert same
+
+
+def missing(rank, first):
+    group = group_of([0, 1, 2], TIMEOUT)
+    if group is None:
+        return None
+    layer = tribn.SyncBatchNorm(5, process_group=group)
+    if not first:
+        layer(torch.randn(4, 5))
+    if rank == 1:
+        return None
+    return attempt(layer, torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_missing_rank_ends_in_an_error(first, pool):
+    results = pool(missing, first)
+    for error, text, seconds, same in (results[0], results[2]):
+        assert error is RuntimeError
+        assert ("for rank 1:" if first else "did not come within 0:00:02") in text
+        assert seconds < BOUND
+        assert same
+
+
+def test_a_group_of_others_is_refused(pool):
+    pool(outside)
+
+
+def outside(rank):
+    group = dist.new_group([0, 1])
+    if rank > 1:
+        with pytest.raises(ValueError, match="does not belong to"):
+            tribn.SyncBatchNorm(5, process_group=group)(torch.randn(4, 5))
+
+
+def dies(rank):
+    """Rank 1 ends in the middle of training."""
+    layer = tribn.SyncBatchNorm(5)
+    layer(torch.randn(4, 5))
+    if rank == 1:
+        os._exit(1)
+    return attempt(layer, torch.randn(4, 5))
+
+
+def test_a_process_that_is_killed_ends_the_others():
+    pool = Pool(3, timeout=TIMEOUT)
+    results = pool(dies)
+    assert results[1] is None
+    for error, text, seconds, same in (results[0], results[2]):
+        assert error is RuntimeError
+        assert "another rank has died" in text
+        assert seconds < BOUND
+        assert same
+    pool.close()

@@ -109,8 +109,8 @@ class BatchNormTrain(_Function):
         plain: bool,
     ) -> Tensor:
         from_output = options.inplace and options.keep_x and _can_undo(weight, bias)
-        args = (x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked)
-        args += options.forward
+        args: tuple[Any, ...] = (x, weight, bias, residual, mask)
+        args += (running_mean, running_var, num_batches_tracked, *options.forward)
         if options.ranks is None:
             results = ops.run(ops.batch_norm_train, plain, *args)
         else:

@@ -124,7 +124,7 @@ class _Sum(torch.autograd.Function):
 
 def all_sum(t: Tensor, ranks: Ranks | None) -> Tensor:
     """The sum of all ranks' (C,) tensors, which can be differentiated."""
-    return t if ranks is None else _Sum.apply(t, ranks)  # type: ignore[no-any-return]
+    return t if ranks is None else _Sum.apply(t, ranks)
 
 
 def _gather(row: Tensor, ranks: Ranks) -> Tensor:
@@ -186,8 +186,8 @@ def agree(row: Tensor, group: str, kind: int) -> None:
         missing = [rank for rank in range(found.size()) if rank not in come]
         raise RuntimeError(
             f"rank {found.rank()} of the process group waited {timeout} in a synchronized batch "
-            f"norm of {describe(kind)} for rank {', '.join(map(str, missing))}: all ranks must call "
-            "the same layers in the same order"
+            f"norm of {describe(kind)} for rank {', '.join(map(str, missing))}: all ranks must "
+            "call the same layers in the same order"
         ) from error
     if store.get(f"{turn}/same") != b"True":
         raise ValueError(differing(list(map(describe, _come(found, turn).values()))))
@@ -206,9 +206,9 @@ def _failure(ranks: Ranks, device: torch.device) -> str:
     group = _resolve(ranks.group)
     text = (
         f"a collective of synchronized batch norm failed on rank {group.rank()} of {ranks.size} of "
-        f"the process group: another rank has died, or did not come within {_timeout(group, device)}. All "
-        "ranks must call the same layers in the same order, backward too. The running statistics "
-        "are those from before"
+        f"the process group: another rank has died, or did not come within "
+        f"{_timeout(group, device)}. All ranks must call the same layers in the same order, "
+        "backward too. This batch has not moved the running statistics"
     )
     with suppress(RuntimeError):  # the store may have died too
         for rank, kind in _come(group, f"tribn/{_met[group].turns}").items():
@@ -216,7 +216,7 @@ def _failure(ranks: Ranks, device: torch.device) -> str:
     return text
 
 
-def _resolve(name: str) -> Any:
+def _resolve(name: Any) -> Any:
     return torch._C._distributed_c10d._resolve_process_group(name)
 
 

@@ -310,10 +310,26 @@ class SyncBatchNorm(_BatchNorm):
         process_group: Any = None,
         device: Any = None,
         dtype: Any = None,
-        **options: Any,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        activation: str | torch.nn.Module | Activation | None = None,
+        order: str = "norm_act",
+        nonfinite: str = "propagate",
+        correction: int = 1,
+        stats_dtype: torch.dtype | None = None,
+        memory: str = "input",
     ) -> None:
         super().__init__(
-            *(num_features, eps, momentum, affine, track_running_stats, device, dtype), **options
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            channel_axis=channel_axis,
+            activation=activation,
+            order=order,
+            nonfinite=nonfinite,
+            correction=correction,
+            stats_dtype=stats_dtype,
+            memory=memory,
         )
         self.process_group = process_group
 
