@@ -30,6 +30,9 @@ from cases import (
     ulp,
 )
 from ranks import Pool, group_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tribn
@@ -514,3 +517,122 @@ def test_a_process_that_is_killed_ends_the_others():
         assert seconds < BOUND
         assert same
     pool.close()
+
+
+# Training
+
+
+def network(norm):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, bias=False),
+        norm(8, activation="relu"),
+        torch.nn.Conv2d(8, 6, 3),
+        norm(6, momentum=None),
+        torch.nn.Flatten(),
+        torch.nn.Linear(96, 5),
+    ).double()
+
+
+STEPS, RATE = 5, 0.1
+
+
+def trained(rank, wrapped, size=4):
+    """Losses of a few steps and the running statistics after them.
+
+    In float64: in float32 steps of gradient descent make roundings grow.
+    """
+    g = torch.Generator().manual_seed(1)
+    batches = torch.randn(1, 8, 3, 8, 8, generator=g, dtype=F64).expand(STEPS, -1, -1, -1, -1)
+    targets = torch.randint(5, (1, 8), generator=g).expand(STEPS, -1)
+    if rank is None:
+        model = network(tribn.BatchNorm2d)
+    else:
+        model = network(tribn.SyncBatchNorm)
+        share = slice(rank * 8 // size, (rank + 1) * 8 // size)
+        batches, targets = batches[:, share], targets[:, share]
+    state = model
+    if wrapped == "DDP":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif wrapped == "FSDP2":
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in (*model, model):
+            if layer is model or any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
+    losses = []
+    for x, y in zip(batches, targets, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    buffers = {name: b.clone() for name, b in state.named_buffers()}
+    return torch.stack(losses), buffers
+
+
+@pytest.mark.parametrize("wrapped", ["DDP", "FSDP2"])
+def test_training_equals_that_of_one_process(wrapped, pool):
+    expected, state = trained(None, None)
+    results = pool(trained, wrapped)
+    losses = torch.stack([losses for losses, _ in results]).mean(0)
+    torch.testing.assert_close(losses, expected)
+    assert expected[-1] < expected[0]
+    for _, buffers in results:
+        for name, value in state.items():
+            torch.testing.assert_close(buffers[name], value)
+            assert torch.equal(buffers[name], results[0][1][name])
+
+
+def sharded(rank, cls, axis):
+    """Results of a layer for a DTensor, whose second mesh dimension has replicas, as a whole."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(0)
+    x, dy, residual = torch.randn(3, 5, 4, 6, 3)
+    placements = [Shard(axis), Replicate()]
+
+    def distributed(t):
+        return distribute_tensor(t, mesh, placements)
+
+    results = []
+    for placed in (False, True):
+        layer = (cls if placed else tribn.BatchNorm2d)(4, activation="relu")
+        if placed:
+            distribute_module(layer, mesh)
+        leaves = [(distributed(t) if placed else t.clone()).requires_grad_() for t in (x, residual)]
+        y = layer(leaves[0], residual=leaves[1])
+        y.backward(distributed(dy) if placed else dy)
+        layer.eval()
+        outputs = (y, layer(leaves[0], residual=leaves[1]), *(t.grad for t in leaves))
+        tensors = [*outputs, *(p.grad for p in layer.parameters()), *layer.buffers()]
+        if placed:
+            for t in outputs:
+                assert t.placements == tuple(placements)
+                assert t.to_local().shape != t.shape
+                assert t.to_local().stride() == leaves[0].to_local().stride()
+            tensors = [t.full_tensor() for t in tensors]
+        results.append([t.detach() for t in tensors])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("cls", [tribn.SyncBatchNorm, tribn.BatchNorm2d])
+def test_shards_are_one_batch_and_stay_where_they_are(cls, axis, pool):
+    pool(sharded, cls, axis)
+
+
+def misplaced(rank):
+    mesh = init_device_mesh("cpu", (2, 2))
+    layer, x = tribn.SyncBatchNorm(4), torch.randn(4, 4)
+    both = [Shard(0), Shard(0)]
+    for placements, text in ((both, "at most"), ([Shard(1), Replicate()], "divides its channels")):
+        with pytest.raises(ValueError, match=text):
+            layer(distribute_tensor(x, mesh, placements))
+    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, both))
+    with pytest.raises(ValueError, match="must be Replicate"):
+        layer(distribute_tensor(x, mesh, [Shard(0), Replicate()]))
+
+
+def test_other_placements_are_refused(pool):
+    pool(misplaced)

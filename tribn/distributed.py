@@ -7,6 +7,8 @@ first. The host waits for nothing on a GPU.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -107,6 +109,74 @@ def batch_norm_backward(
         sums = _gather(sums, ranks).sum(0)
         dx = ops.run(ops.sync_backward_dx, plain, *tensors, count, sums, *options, dtype)
     return dx, *grads
+
+
+def is_dtensor(t: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # which takes a second to import
+    return tensor is not None and isinstance(t, tensor.DTensor)
+
+
+def on_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`tribn.functional.batch_norm` of a DTensor: all shards are one batch, and so is the output.
+
+    What else it is given may be DTensors too. Gradients of weight and bias that are none are those
+    of the local shard.
+
+    Raises:
+        ValueError: input is placed otherwise than Shard along one dimension of the mesh, by another
+            axis than the channels', and Replicate; a tensor per channel otherwise than Replicate.
+    """
+
+    def run(
+        input: Any, *per_channel: Any, channel_axis: int, process_group: Any, **options: Any
+    ) -> Any:
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        mesh, placements, axis = input.device_mesh, input.placements, channel_axis % input.dim()
+        dims = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(dims) > 1 or not all(placements[d].is_shard() for d in dims):
+            raise ValueError(
+                f"input is a DTensor placed {placements}: it must be Shard along one dimension of "
+                "the mesh at most, and else Replicate; redistribute it"
+            )
+        if any(placements[d].dim == axis for d in dims):
+            raise ValueError(
+                f"input is a DTensor placed {placements}, which divides its channels, axis {axis}: "
+                "redistribute it to be divided along another axis"
+            )
+        summed = [Partial() if d in dims else Replicate() for d in range(mesh.ndim)]
+
+        def whole(t: Any) -> Any:
+            if not isinstance(t, DTensor):
+                return t
+            if not all(placement.is_replicate() for placement in t.placements):
+                raise ValueError(
+                    f"a parameter or running statistic is a DTensor placed {t.placements}: it must "
+                    "be Replicate; redistribute it"
+                )
+            return t.to_local(grad_placements=summed)
+
+        def local(t: Any) -> Any:
+            return t.to_local() if isinstance(t, DTensor) else t
+
+        y = function(
+            local(input),
+            *map(whole, per_channel),
+            channel_axis=channel_axis,
+            process_group=mesh.get_group(dims[0]) if dims else None,
+            **{name: local(value) for name, value in options.items()},
+        )
+        like = torch.empty_strided(input.shape, input.stride(), device="meta")
+        return DTensor.from_local(
+            y,
+            mesh,
+            placements,
+            run_check=False,
+            shape=input.shape,
+            stride=torch.empty_like(like).stride(),
+        )
+
+    return run
 
 
 class _Sum(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tribn.activation import Activation, parse
+from tribn.distributed import is_dtensor, on_shards
 from tribn.functional import (
     batch_norm,
     batch_stats,
@@ -128,7 +129,10 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         # As in torch.nn: without running statistics, evaluation uses the batch's too.
         batch = training or (running_mean is None and running_var is None)
         tracked = self.track_running_stats or not training
-        return batch_norm(
+        normalize = batch_norm
+        if type(input) is not Tensor and is_dtensor(input):
+            normalize = on_shards(batch_norm)
+        return normalize(
             input,
             running_mean if tracked else None,
             running_var if tracked else None,
