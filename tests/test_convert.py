@@ -93,10 +93,85 @@ def test_a_layer_without_statistics_is_an_error_and_changes_nothing():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("layer", [nn.SyncBatchNorm(3), nn.LazyBatchNorm2d()])
-def test_what_cannot_be_frozen_is_said(layer):
-    with pytest.raises(ValueError, match=f"layer 0 is a {type(layer).__name__}"):
-        tribn.freeze(nn.Sequential(layer))
+def test_what_cannot_be_frozen_is_said():
+    with pytest.raises(ValueError, match="layer 0 is a LazyBatchNorm2d"):
+        tribn.freeze(nn.Sequential(nn.LazyBatchNorm2d()))
+
+
+def test_a_synchronized_layer_is_frozen():
+    model = tribn.freeze(nn.Sequential(randomize(nn.SyncBatchNorm(3))))
+    assert type(model[0]) is tribn.SyncBatchNorm
+    x = torch.randn(4, 3, 2)
+    torch.testing.assert_close(model(x), model.eval()(x))
+
+
+# convert_sync_batchnorm
+
+KEPT = {
+    "activation": "relu",
+    "order": "act_norm",
+    "nonfinite": "skip",
+    "correction": 0,
+    "stats_dtype": torch.float64,
+    "channel_axis": -1,
+}
+
+
+def test_synchronized_layers_keep_all_they_hold_and_do():
+    group, seen = object(), []
+    layers = [randomize(tribn.BatchNorm1d(3, **KEPT)), randomize(nn.BatchNorm2d(3, momentum=None))]
+    layers += [nn.SyncBatchNorm(3), tribn.freeze(tribn.BatchNorm3d(3, bias=False)).eval()]
+    layers[0].weight.requires_grad_(False)
+    layers[0].register_forward_hook(lambda *_: seen.append("hook"))
+    model = nn.Sequential(*layers, layers[0])
+    parameters, buffers, keys = list(model.parameters()), list(model.buffers()), model.state_dict()
+    x = torch.randn(5, 4, 3)
+    expected = model[0](x)
+    assert tribn.convert_sync_batchnorm(model, group) is model
+    for layer in model:
+        assert type(layer) is tribn.SyncBatchNorm
+        assert layer.process_group is group
+    assert model[0] is model[-1]
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(a is b for a, b in zip(buffers, model.buffers(), strict=True))
+    assert model.state_dict().keys() == keys.keys()
+    for name, value in KEPT.items():
+        kept = getattr(model[0], name)
+        assert (kept.name if name == "activation" else kept) == value
+    assert not model[0].weight.requires_grad
+    assert model[3].frozen
+    assert not model[3].training
+    assert model[0].training
+    assert torch.equal(model[0](x), expected)
+    assert seen == ["hook", "hook"]
+
+
+def test_a_single_layer_is_synchronized():
+    layer = tribn.convert_sync_batchnorm(nn.BatchNorm1d(3))
+    assert type(layer) is tribn.SyncBatchNorm
+    assert layer.process_group is None
+
+
+def test_subclasses_are_not_synchronized():
+    class Own(nn.BatchNorm1d):
+        pass
+
+    class OwnOfTribn(tribn.BatchNorm1d):
+        pass
+
+    model = tribn.convert_sync_batchnorm(nn.Sequential(Own(3), OwnOfTribn(3)))
+    assert [type(layer) for layer in model] == [Own, OwnOfTribn]
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyBatchNorm2d, tribn.LazyBatchNorm2d])
+def test_lazy_layers_are_synchronized_when_they_know_their_channels(lazy):
+    model = nn.Sequential(tribn.BatchNorm2d(3), lazy())
+    with pytest.raises(ValueError, match=f"layer 1 is a {lazy.__name__} that has seen no input"):
+        tribn.convert_sync_batchnorm(model)
+    assert type(model[0]) is tribn.BatchNorm2d
+    model(torch.randn(2, 3, 4, 4))
+    tribn.convert_sync_batchnorm(model)
+    assert {type(layer) for layer in model} == {tribn.SyncBatchNorm}
 
 
 def saved(layer, x):

@@ -1,7 +1,7 @@
 """Batch normalization for PyTorch, in Triton kernels on a GPU and plain PyTorch on a CPU."""
 
 from tribn import functional
-from tribn.convert import freeze, unfreeze
+from tribn.convert import convert_sync_batchnorm, freeze, unfreeze
 from tribn.explain import explain
 from tribn.launch import set_sm_margin
 from tribn.nn import (
@@ -27,6 +27,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "StandardScaler",
     "SyncBatchNorm",
+    "convert_sync_batchnorm",
     "explain",
     "freeze",
     "functional",
