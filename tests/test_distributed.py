@@ -399,6 +399,32 @@ def exported(rank):
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+def accumulated(rank, momentum):
+    """State of a layer after two steps in three parts; of all batches at once without a rank."""
+    torch.manual_seed(0)
+    steps = torch.randn(2, 12, 3, 4)
+    if rank is None:
+        layer = tribn.BatchNorm1d(3, momentum=momentum)
+        for step in steps:
+            layer(step)
+        return layer.state_dict()
+    layer = tribn.SyncBatchNorm(3, momentum=momentum)
+    for step in steps:
+        with tribn.accumulate_stats(layer):
+            for part in step.split((5, 5, 2)):
+                layer(part[shares(len(part), 4, "empty")[rank]])
+    return layer.state_dict()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_accumulated_statistics_are_those_of_all_ranks(momentum, pool):
+    expected, results = accumulated(None, momentum), pool(accumulated, momentum)
+    for state in results:
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value)
+            assert torch.equal(state[name], results[0][name])
+
+
 # What goes wrong
 
 

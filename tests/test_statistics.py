@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tribn
 
@@ -181,3 +182,92 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
     with pytest.raises(ValueError, match="5 channels"):
         tribn.update_stats(model, [torch.randn(2, 5, 4, 4)])
     assert capsys.readouterr().err.endswith("0/1 batches\n")
+
+
+# accumulate_stats
+
+
+def parts():
+    torch.manual_seed(0)
+    return torch.randn(9, 3, 5, dtype=torch.float64).split((4, 1, 0, 4))
+
+
+ACCUMULATED = {
+    "plain": {},
+    "average": {"momentum": None},
+    "activation first": {"activation": "relu", "order": "act_norm"},
+    "biased": {"correction": 0},
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_accumulated_is_one_batch(name):
+    """Of parts that differ in size, one of them empty."""
+    layer, whole = (tribn.BatchNorm1d(3, **ACCUMULATED[name]).double() for _ in range(2))
+    for _ in range(2):
+        with tribn.accumulate_stats(layer):
+            for part in parts():
+                layer(part)
+            assert layer.num_batches_tracked == whole.num_batches_tracked
+        whole(torch.cat(parts()))
+        for buffer, expected in zip(layer.buffers(), whole.buffers(), strict=True):
+            torch.testing.assert_close(buffer, expected)
+
+
+def test_accumulated_respects_masks_and_counts_infinity_out():
+    layer = tribn.BatchNorm1d(3, nonfinite="skip").double()
+    whole = tribn.BatchNorm1d(3, nonfinite="skip").double()
+    x, lengths = torch.cat(parts()).clone(), torch.arange(9) % 6
+    x[5, 1, 0] = torch.inf
+    mask = torch.arange(5) < lengths[:, None]
+    with tribn.accumulate_stats(layer):
+        layer(x[:4], mask=mask[:4])
+        layer(input=x[4:], lengths=lengths[4:])
+    whole(x, lengths=lengths)
+    for buffer, expected in zip(layer.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+    assert layer.running_var.isfinite().all()
+
+
+def test_nothing_moves_when_accumulating_fails_and_afterwards_all_is_as_before():
+    layer = tribn.BatchNorm1d(3)
+    before = [b.clone() for b in layer.buffers()]
+
+    def fail():
+        with tribn.accumulate_stats(layer):
+            layer(torch.randn(4, 3))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert all(map(torch.equal, before, layer.buffers()))
+    assert not layer._forward_hooks
+    layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 1
+
+
+def test_only_what_is_in_training_and_used_is_accumulated():
+    layers = {
+        "used": tribn.BatchNorm1d(3),
+        "unused": tribn.BatchNorm1d(3),
+        "evaluated": tribn.BatchNorm1d(3).eval(),
+        "frozen": tribn.freeze(tribn.BatchNorm1d(3)),
+        "without": tribn.BatchNorm1d(3, track_running_stats=False),
+    }
+    with tribn.accumulate_stats(torch.nn.ModuleDict(layers)):
+        for name, layer in layers.items():
+            if name != "unused":
+                layer(torch.randn(4, 3))
+    counts = [layer.num_batches_tracked for layer in layers.values()]
+    assert counts == [1, 0, 0, 0, None]
+    assert not layers["without"].track_running_stats
+
+
+def test_checkpointed_layers_are_accumulated_once():
+    layer, whole = tribn.BatchNorm1d(3), tribn.BatchNorm1d(3)
+    x = torch.randn(6, 3, requires_grad=True)
+    with tribn.accumulate_stats(layer):
+        for part in x.split(3):
+            checkpoint(layer, part, use_reentrant=False).sum().backward()
+    whole(x)
+    torch.testing.assert_close(layer.running_var, whole.running_var)

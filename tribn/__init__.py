@@ -14,7 +14,7 @@ from tribn.nn import (
     StandardScaler,
     SyncBatchNorm,
 )
-from tribn.statistics import update_stats
+from tribn.statistics import accumulate_stats, update_stats
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "StandardScaler",
     "SyncBatchNorm",
+    "accumulate_stats",
     "convert_sync_batchnorm",
     "explain",
     "freeze",

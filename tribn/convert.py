@@ -24,10 +24,10 @@ _UNKNOWN = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 def freeze(model: nn.Module) -> nn.Module:
     """Makes every batch norm layer use its running statistics, also after ``model.train()``.
 
-    torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm become tribn's, with the same parameters, statistics and
-    hooks; subclasses of them are left alone. A frozen layer runs one kernel in each direction and
-    keeps no activation for backward unless its weight requires a gradient. Parameters stay as
-    trainable as they were. Checkpoints without `num_batches_tracked`, as torchvision's
+    torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm become tribn's, with the same parameters,
+    statistics and hooks; subclasses of them are left alone. A frozen layer runs one kernel in each
+    direction and keeps no activation for backward unless its weight requires a gradient. Parameters
+    stay as trainable as they were. Checkpoints without `num_batches_tracked`, as torchvision's
     FrozenBatchNorm2d writes them, load into the layers.
 
     Returns:

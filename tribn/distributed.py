@@ -69,7 +69,7 @@ def batch_norm_train(
     check = torch.ops.tribn.agree if torch.compiler.is_compiling() else agree
     check(row, ranks.group, kind(x.dtype, x.shape[axis]))
     mean, var, count = ops.run(
-        *(ops.sync_combine, plain, _gather(row, ranks)),
+        *(ops.sync_combine, plain, gather(row, ranks)),
         *(running_mean, running_var, num_batches_tracked),
         *(momentum, correction, skip_nonfinite, dtype),
     )
@@ -106,7 +106,7 @@ def batch_norm_backward(
     )
     dx = None
     if wanted[0]:
-        sums = _gather(sums, ranks).sum(0)
+        sums = gather(sums, ranks).sum(0)
         dx = ops.run(ops.sync_backward_dx, plain, *tensors, count, sums, *options, dtype)
     return dx, *grads
 
@@ -185,7 +185,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        return _gather(t.double(), ranks).sum(0).to(t.dtype)
+        return gather(t.double(), ranks).sum(0).to(t.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -197,7 +197,7 @@ def all_sum(t: Tensor, ranks: Ranks | None) -> Tensor:
     return t if ranks is None else _Sum.apply(t, ranks)
 
 
-def _gather(row: Tensor, ranks: Ranks) -> Tensor:
+def gather(row: Tensor, ranks: Ranks) -> Tensor:
     """All ranks' rows, [ranks, len(row)]."""
     if torch.compiler.is_compiling():
         return _gathered(row, ranks)

@@ -108,12 +108,12 @@ def batch_norm(
     )
     options, plain = _recall(tensors, numbers)
     if lengths is not None:
-        mask = _mask(lengths, input, options.axis)
+        mask = mask_of(lengths, input, options.axis)
     if residual is not None and residual.dtype not in DTYPES:
         residual = residual.to(input.dtype)
     y: Tensor
     if training:
-        running = (None, None, None) if _computing_again() else tensors[-3:]
+        running = (None, None, None) if computing_again() else tensors[-3:]
         y = BatchNormTrain.apply(input, weight, bias, residual, mask, *running, options, plain)
     else:
         y = BatchNormEval.apply(
@@ -147,7 +147,7 @@ def batch_stats(
     axis = check_input(input, channel_axis)
     _check_mask(mask, lengths, input, axis)
     if lengths is not None:
-        mask = _mask(lengths, input, axis)
+        mask = mask_of(lengths, input, axis)
     mean, var, count = ops.batch_stats(input.detach(), mask, axis)
     return mean, var, count
 
@@ -269,7 +269,7 @@ def _checked(
     )
 
 
-def _computing_again() -> bool:
+def computing_again() -> bool:
     """Whether this runs inside a backward pass, where checkpointing repeats a forward."""
     if torch.compiler.is_compiling():
         return False
@@ -393,7 +393,7 @@ def _check_mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis
         _check_device("mask", mask, input)
 
 
-def _mask(lengths: Tensor, input: Tensor, axis: int) -> Tensor:
+def mask_of(lengths: Tensor, input: Tensor, axis: int) -> Tensor:
     """The mask that `lengths` mean."""
     length = input.shape[1 if axis == 2 else 2]
     return torch.arange(length, device=input.device) < lengths.unsqueeze(1)

@@ -1,9 +1,10 @@
-"""Running statistics of a whole data set."""
+"""Running statistics of a whole data set, and of a step in several parts."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tribn.functional import batch_stats, merge_stats
+from tribn import ops
+from tribn.distributed import Ranks, gather, is_dtensor
+from tribn.functional import batch_stats, computing_again, mask_of, merge_stats
 from tribn.nn import Layer
+from tribn.reference import accumulator
 
 WIDTH = 30  # of the progress bar
 
@@ -113,6 +117,89 @@ def update_stats(
         unbiased = var * counted / (counted - layer.correction).clamp(min=1)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(unbiased)
+
+
+@contextmanager
+def accumulate_stats(model: nn.Module) -> Iterator[None]:
+    """Counts all batches of a step with accumulated gradients as one in the running statistics.
+
+        with tribn.accumulate_stats(model):
+            for x, target in micro_batches:
+                loss(model(x), target).backward()
+        optimizer.step()
+
+    Meanwhile tribn's layers in training leave their running statistics and counters alone. At the
+    end those of every layer that was used move once, by its momentum, towards the statistics of all
+    values it has seen, each counting the same, masks respected, and on all ranks of a
+    `SyncBatchNorm`: what the layer would do in one call with all these batches together.
+
+    It cannot make outputs and gradients those of one batch: what a later micro-batch adds to mean
+    and variance is not known when an earlier one is normalized, and each is normalized by its own
+    statistics. So behind another batch norm a layer has seen other values than in one call.
+
+    Every input is read once more. Compiled models run uncompiled. If the body raises, nothing
+    moves.
+
+    Args:
+        model: any module; frozen layers and those without running statistics stay as they are.
+
+    Raises:
+        TypeError: a layer was given a DTensor.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, Layer)
+        and layer.running_mean is not None
+        and layer.track_running_stats
+        and not layer.frozen
+    ]
+    rows: dict[Layer, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        assert isinstance(layer, Layer)
+        if not layer.training or computing_again():
+            return
+        x, mask = args[0] if args else kwargs["input"], kwargs.get("mask")
+        if is_dtensor(x):
+            raise TypeError("accumulate_stats has met a DTensor: give the layers local tensors")
+        axis = layer.channel_axis % x.dim()
+        if (lengths := kwargs.get("lengths")) is not None:
+            mask = mask_of(lengths, x, axis)
+        act_first = layer.order == "act_norm"
+        row = ops.sync_stats(x, mask, accumulator(x.dtype), axis, *layer.activation, act_first)
+        rows.setdefault(layer, []).append(row)
+
+    hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        with torch.compiler.set_stance("force_eager"):  # compiled code calls no new hooks
+            yield
+    finally:
+        for hook, layer in zip(hooks, layers, strict=True):
+            hook.remove()
+            layer.track_running_stats = True
+    with torch.no_grad():
+        for layer in layers:
+            if layer in rows:
+                _track(layer, torch.stack(rows[layer]))
+
+
+def _track(layer: Layer, rows: Tensor) -> None:
+    """Moves a layer's running statistics towards those of all ranks' rows."""
+    group = layer._group()
+    if (ranks := None if group is None else Ranks.of(group)) is not None:
+        mean, var, count = ops.sync_combine(
+            *(rows, None, None, None, 0.0, layer.correction, False, torch.float64)
+        )
+        row = torch.cat((rows[0, :1], count.double().view(1), mean, var * count))
+        rows = gather(row, ranks)
+    ops.sync_combine(
+        *(rows, layer.running_mean, layer.running_var, layer.num_batches_tracked),
+        *(layer.momentum, layer.correction, layer.nonfinite == "skip", torch.float64),
+    )
 
 
 def _shown(loader: Iterable[Any]) -> Iterator[Any]:
