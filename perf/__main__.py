@@ -16,6 +16,7 @@ COMMANDS = {
     "plot": "draw the results of other commands, from their JSON files",
     "regress": "fail if tribn has lost ground on a stored result of the same device",
     "step": "time training steps of whole networks against torch eager and torch.compile",
+    "sync": "time synchronized layers on several processes, and reckon what they take on many GPUs",
     "traffic": "count the bytes that batch norm moves, against torch eager and torch.compile",
 }
 

@@ -1,4 +1,4 @@
-"""GPUs by their vendors' numbers, for what can be said about them without having one."""
+"""GPUs and networks by their vendors' numbers, for what can be said without having them."""
 
 from __future__ import annotations
 
@@ -64,5 +64,43 @@ GPUS = {
         shared=100 * 1024,
         source="NVIDIA L4 Tensor Core GPU datasheet; CUDA device properties",
         threads=1536,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """GPUs in nodes, and a ring of all of them, in seconds and bytes a second."""
+
+    name: str
+    gpus: int  # of a node
+    start: float  # of a collective
+    within: float  # a step from one GPU to the next in a node
+    between: float  # a step to another node
+    bandwidth: float  # of a ring in one node
+    bandwidth_between: float  # of a ring over nodes
+    source: str
+
+    def all_gather(self, ranks: int, size: int) -> float:
+        """Seconds until every rank has `size` bytes of each."""
+        if ranks == 1:
+            return 0.0
+        nodes = -(-ranks // self.gpus)
+        steps = (ranks - nodes) * self.within + (nodes - 1) * self.between
+        bandwidth = self.bandwidth if nodes == 1 else self.bandwidth_between
+        return self.start + steps + (ranks - 1) * size / bandwidth
+
+
+NETWORKS = {
+    "H100": Network(
+        "nodes of 8 NVIDIA H100, NVLink in and InfiniBand between them",
+        gpus=8,
+        start=6.6e-6,
+        within=0.6e-6,
+        between=2.7e-6,
+        bandwidth=141e9,
+        bandwidth_between=45e9,
+        source="what NCCL reckons with for rings by its LL protocol on Hopper: baseLat, hwLat and "
+        "llMaxBws in src/graph/tuning.cc of NCCL 2.27",
     ),
 }

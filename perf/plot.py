@@ -1,6 +1,7 @@
 """Draws the figures of results, from their JSON alone, as SVG and PNG.
 
-Results of `bench`, `step` and `traffic` have figures. Without a JSON, draws all in perf/results.
+Results of `bench`, `step`, `sync` and `traffic` have figures. Without a JSON, draws all in
+perf/results.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from perf.report import RESULTS, Report, directory
 
 # Commands whose results have figures: perf.figures.<command>.draw(report) gives, by name, a figure
 # and its caption. An only one needs no name.
-COMMANDS = ("bench", "step", "traffic")
+COMMANDS = ("bench", "step", "sync", "traffic")
 
 
 def load(path: Path) -> Report:

@@ -371,17 +371,21 @@ def sync_backward_reduce(
     g, _, a, mean = _upstream(
         *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
     )
-    others = [d for d in range(dy.dim()) if d != axis]
-    g = _inside(g.to(mean.dtype), mask, axis)
+    g = _inside(g, mask, axis)
+    dresidual = None
+    if wanted[2]:
+        dresidual = torch.empty_like(dy if x is None else x, dtype=residual_dtype).copy_(g)
+    if mask is not None:
+        g, a, axis = _compact(g, mask, axis), None if a is None else _compact(a, mask, axis), 1
+    # As in evaluation, where they are all that there is to sum up.
+    _, dweight, dbias = _backward(g, a, mean, var, weight, eps, False, axis, [False, True, True])
+    assert dbias is not None
     sums = torch.zeros(2, len(mean), dtype=torch.float64, device=dy.device)
-    sums[0] = g.sum(others, dtype=torch.float64)
-    if a is not None:
-        product = _inside(g * _deviation(a, mean, axis), mask, axis)
-        sums[1] = product.sum(others, dtype=torch.float64)
-    dweight = (sums[1] * (var + eps).rsqrt()).to(mean.dtype) if wanted[0] else None
-    dbias = sums[0].to(mean.dtype) if wanted[1] else None
-    like = torch.empty_like(dy if x is None else x, dtype=residual_dtype)
-    return sums.flatten(), dweight, dbias, like.copy_(g) if wanted[2] else None
+    sums[0] = dbias
+    if dweight is not None:
+        sums[1] = dweight * (var + eps).double().sqrt()
+    dweight, dbias = (t if w else None for t, w in zip((dweight, dbias), wanted, strict=False))
+    return sums.flatten(), dweight, dbias, dresidual
 
 
 def sync_backward_dx(
@@ -415,15 +419,12 @@ def sync_backward_dx(
     offset, slope = (sums / count.clamp(min=1)).view(2, -1)
     offset, slope = (t.to(mean.dtype).view(shape) for t in (offset, slope / (var + eps)))
     weight, var = _cast(mean.dtype, weight, var)
-    dx = g.to(mean.dtype) - offset - _deviation(a, mean, axis) * slope
-    dx = dx * _scale(var, weight, eps).view(shape)
+    # In one piece of memory: new ones are slow.
+    dx = (a.to(mean.dtype) - mean.view(shape)).mul_(-slope).add_(g).sub_(offset)
+    dx.mul_(_scale(var, weight, eps).view(shape))
     if act_first and source is not None:
         dx = act.backward(dx, source)
     return torch.empty_like(x, dtype=dtype).copy_(_inside(dx, mask, axis))
-
-
-def _deviation(a: Tensor, mean: Tensor, axis: int) -> Tensor:
-    return a.to(mean.dtype) - mean.view([-1 if d == axis else 1 for d in range(a.dim())])
 
 
 def _inside(t: Tensor, mask: Tensor | None, axis: int) -> Tensor:
