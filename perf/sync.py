@@ -142,8 +142,15 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(rank: int, world: int, device: str, batch: int, rounds: int, folder: str) -> None:
-    """One process: the first one leaves its rows in the folder."""
+def measure(
+    rank: int,
+    world: int,
+    device: str,
+    shapes: Sequence[tuple[int, ...]],
+    rounds: int,
+    folder: str,
+) -> None:
+    """One process, for inputs of these shapes: the first one leaves its rows in the folder."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -155,10 +162,10 @@ def measure(rank: int, world: int, device: str, batch: int, rounds: int, folder:
         timeout=PATIENCE,
     )
     found: list[Row] = []
-    for shape in SHAPES:
+    for shape in shapes:
         torch.manual_seed(rank)
-        x = 3 + 2 * torch.randn(batch, *shape, device=device)
-        modules = {name: of(shape[0]).to(device) for name, of in PROVIDERS[device].items()}
+        x = 3 + 2 * torch.randn(shape, device=device)
+        modules = {name: of(shape[1]).to(device) for name, of in PROVIDERS[device].items()}
         ours, theirs = (module(x) for module in modules.values())
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         by_key = {
@@ -184,29 +191,29 @@ def measure(rank: int, world: int, device: str, batch: int, rounds: int, folder:
         found += [
             {
                 "world": world,
-                "shape": (batch, *shape),
+                "shape": shape,
                 "provider": name,
                 "direction": direction,
                 "us": float(np.median(us)),
-                "quartiles_us": np.percentile(us, [25, 75]),
+                "quartiles_us": np.percentile(us, [25, 75]).tolist(),
                 "bytes": given[name, direction],
             }
             for (name, direction), us in samples.items()
         ]
     if rank == 0:
-        rows = [{**row, "quartiles_us": list(row["quartiles_us"])} for row in found]
-        Path(f"{folder}/rows{world}").write_text(json.dumps(rows))
+        Path(f"{folder}/rows{world}").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def measured(device: str, batch: int, rounds: int) -> list[Row]:
     """Rows of every number of processes that this machine can run."""
+    shapes = [(batch, *shape) for shape in SHAPES]
     worlds = [w for w in WORLDS if device == "cpu" or w <= torch.cuda.device_count()]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
             mp.start_processes(
-                measure, (world, device, batch, rounds, folder), nprocs=world, start_method="spawn"
+                measure, (world, device, shapes, rounds, folder), nprocs=world, start_method="spawn"
             )
             rows += json.loads(Path(f"{folder}/rows{world}").read_text())
     return rows
@@ -257,11 +264,11 @@ def reckoned(net: str, gpu: Gpu, network: Network) -> list[Row]:
 
 
 def measured_table(report: Report) -> Table:
-    table = Table(title=report["path"], box=SIMPLE_HEAD)
-    for heading in ("processes", "layer", "direction", "provider"):
-        table.add_column(heading)
-    for heading in ("µs", "quartiles", "bytes given"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=report["path"], caption="First: processes", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in ("", "layer", "direction", "provider", "µs", "quartiles", "bytes given"):
+        table.add_column(heading, no_wrap=heading in ("layer", "provider"))
     for row in report["rows"]:
         table.add_row(
             str(row["world"]),

@@ -24,20 +24,15 @@ def draw(report: dict[str, Any]) -> dict[str, tuple[Figure, str]]:
 def draw_shares(axes: Axes, estimate: dict[str, Any]) -> None:
     for row in estimate["rows"]:
         if row["ranks"] in COLORS:
-            shares = [100 * share for share in row["shares"]]
-            color, label = COLORS[row["ranks"]], f"{row['ranks']} GPUs"
-            axes.plot(estimate["batches"], shares, color=color, label=label)
-    mark(axes, estimate)
-    axes.set(xlabel="images per GPU", ylabel="collectives, % of batch norm's time")
+            color, label = COLORS[row["ranks"]], f"{row['ranks']:,} GPUs"
+            axes.plot(estimate["batches"], row["shares"], color=color, label=label)
+    axes.axhline(estimate["share"], color=GRAY, linewidth=1, linestyle=":")
+    axes.set(xlabel="images per GPU", ylabel="collectives / batch norm's time")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=9, title="synchronized over", title_fontsize=9)
-    title(axes, "Estimate: what synchronizing adds to batch norm", 44)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    title(axes, "Estimate: collectives over batch norm's time", 48)
     tidy(axes)
-
-
-def mark(axes: Axes, estimate: dict[str, Any]) -> None:
-    axes.axhline(100 * estimate["share"], color=GRAY, linewidth=1, linestyle=":")
 
 
 def draw_enough(axes: Axes, estimate: dict[str, Any]) -> None:
@@ -49,7 +44,7 @@ def draw_enough(axes: Axes, estimate: dict[str, Any]) -> None:
     axes.set(xlabel="GPUs synchronized", ylabel="images per GPU")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    title(axes, f"Batch from which on it is below {estimate['share']:.0%}", 44)
+    title(axes, f"Estimate: batch from which on that is below {estimate['share']}", 48)
     tidy(axes)
 
 
