@@ -40,6 +40,7 @@ from tribn.reference import accumulator, new_bits, output
 
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+I64 = torch.int64
 
 # shape, memory format, dtype: whether 16-byte accesses are possible
 TENSORS = {
@@ -202,6 +203,42 @@ def test_no_activation_needs_more_than_there_is(activation, act_first, name):
         assert found.loads[2] == found.stores[2] == 0, found
         assert found.loads[16] > 0, found
         assert found.stores[16] > 0, found
+
+
+SYNCHRONIZED = {
+    "stats",
+    "pack",
+    "sync_combine",
+    "backward_reduce",
+    "backward_combine",
+    "backward_dx",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "ranks"), [("planes", 4), ("rows", 4096)])
+def test_synchronized_stages(name, ranks, target):
+    x = tensor(*TENSORS[name][:3])
+    C, dtype = x.shape[1], accumulator(x.dtype)
+    stat, counter = (torch.empty(n, dtype=d, device="meta") for n, d in ((C, dtype), ((), I64)))
+    half, rows = (
+        torch.empty(size, dtype=d, device="meta")
+        for size, d in ((C, BF16), ((ranks, 2 + 2 * C), F64))
+    )
+    mask, sums = x.select(1, 0).to(torch.bool), torch.empty(2 * C, dtype=F64, device="meta")
+    act = ("silu", 0.0, 0.0, False)
+    tensors, at = (x, x, stat, stat, stat, stat, None, None), (1e-5, 1, *act)
+    with compiling(target) as compiled:
+        kernels.sync_stats(x, None, dtype, 1, *PLAIN)
+        kernels.sync_stats(x, mask, dtype, 1, *act[:3], True)
+        kernels.sync_combine(rows, stat, half, counter, None, 1, True, dtype)
+        kernels.sync_combine(rows, None, None, None, 0.1, 0, False, dtype)
+        kernels.sync_backward_reduce(*tensors, mask, *at, False, None, [True, True, False])
+        kernels.sync_backward_dx(*tensors, mask, counter, sums, *at, False, x.dtype)
+    for kernel in compiled:
+        assert_addresses_are_64_bits_wide(kernel)
+        assert resources(kernel).spills == 0, resources(kernel)
+    assert {kernel.metadata.name.removesuffix("_kernel") for kernel in compiled} == SYNCHRONIZED
 
 
 DTYPE_PAIRS = [(BF16, F64), (F64, BF16), (F16, F64), (F64, F16), (BF16, F16)]

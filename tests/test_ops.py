@@ -50,6 +50,18 @@ def calls(shape):
     for tensors, training, activation, *dtypes, wanted in backward:
         rest = (EPS, training, 1, *activation, False, *dtypes, wanted)
         yield ops.batch_norm_backward, (*tensors, *rest)
+    rows, sums = torch.rand(3, 2 + 2 * C, dtype=F64), torch.rand(2 * C, dtype=F64)
+    rows[:, :2] = torch.tensor([reference.kind(F32, C), 7])
+    for activation in (RELU, TANH_FIRST):
+        yield ops.sync_stats, (x, mask, F32, 1, *activation)
+    yield ops.sync_combine, (rows, *states, None, 1, True, F32)
+    yield ops.sync_combine, (rows, *absent, 0.1, 0, False, F64)
+    for tensors, training, activation, *dtypes, wanted in backward:
+        rest = (EPS, 1, *activation, False)
+        yield ops.sync_backward_reduce, (*tensors[:-1], *rest, dtypes[1], wanted[1:])
+        if training:
+            at = (*tensors[:-1], count, sums)
+            yield ops.sync_backward_dx, (*at, *rest, dtypes[0])
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 9), (0, 5, 9), (3, 5, 0), (3, 0, 9)], ids=str)

@@ -36,11 +36,11 @@ def pack_kernel(
     c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
     count, mean, m2 = merge_stats(partials_ptr, G, C, c, mask, BLOCK_G, BLOCK_C)
-    tl.store(row_ptr + 2 + c, mean, mask)
-    tl.store(row_ptr + 2 + C + c, m2, mask)
+    tl.store(row_ptr + (2 + c), mean, mask)
+    tl.store(row_ptr + (2 + C + c), m2, mask)
     if pid == 0:
-        tl.store(row_ptr, kind)
-        tl.store(row_ptr + 1, tl.max(count, 0))
+        head = tl.arange(0, 2).to(tl.int64)
+        tl.store(row_ptr + head, tl.where(head == 0, kind, tl.max(count, 0)))
 
 
 def sync_stats(
@@ -108,8 +108,7 @@ def sync_combine_kernel(
         kinds = tl.load(rows_ptr + w * stride, w < W, other=0.0)
         differing += ((w < W) & (kinds != first)).to(tl.int32)
     count, mean, m2 = merge_rows(
-        *(rows_ptr + 2, rows_ptr + 2 + C, rows_ptr + 1, W, stride, c, c * 0, c_mask),
-        *(BLOCK_W, BLOCK_C),
+        *(rows_ptr, W, stride, 2 + c, 2 + C + c, 1 + 0 * c, c_mask, BLOCK_W, BLOCK_C)
     )
     if tl.sum(differing, 0) > 0:
         count, mean, m2 = count * 0, mean + float("nan"), m2 + float("nan")

@@ -193,24 +193,23 @@ def merge_stats(
     BLOCK_C: tl.constexpr,
 ):
     """Count, mean and sum of squared deviations of the union of G parts, float64 [BLOCK_C]."""
-    m2_ptr, count_ptr = partials_ptr + G * C, partials_ptr + 2 * G * C
-    return merge_rows(partials_ptr, m2_ptr, count_ptr, G, C, c, c, c_mask, BLOCK_G, BLOCK_C)
+    at = (c, G * C + c, 2 * G * C + c)
+    return merge_rows(partials_ptr, G, C, *at, c_mask, BLOCK_G, BLOCK_C)
 
 
 @triton.jit
 def merge_rows(
-    mean_ptr,  # [G, C] float64
-    m2_ptr,  # [G, C] float64: sums of squared deviations
-    count_ptr,  # [G, C] float64, or [G]
+    rows_ptr,  # G rows of float64
     G,
     stride,
-    c,
-    count_c,
+    mean_at,
+    m2_at,
+    count_at,
     c_mask,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`merge_stats` of rows that are `stride` apart, whose counts are those at `count_c`.
+    """`merge_stats` of rows that are `stride` apart and hold a channel's numbers at these places.
 
     Chan's formula for all parts at once, in a fixed order:
     mean = sum(n_g * mean_g) / n, m2 = sum(m2_g + n_g * (mean_g - mean)^2).
@@ -222,8 +221,8 @@ def merge_rows(
         g = start + tl.arange(0, BLOCK_G)
         row = g[:, None] * stride
         mask = (g < G)[:, None] & c_mask[None, :]
-        mean_g = tl.load(mean_ptr + row + c[None, :], mask, other=0.0, cache_modifier=".cg")
-        count_g = tl.load(count_ptr + row + count_c[None, :], mask, other=0.0, cache_modifier=".cg")
+        mean_g = tl.load(rows_ptr + row + mean_at[None, :], mask, other=0.0, cache_modifier=".cg")
+        count_g = tl.load(rows_ptr + row + count_at[None, :], mask, other=0.0, cache_modifier=".cg")
         count += tl.sum(count_g, 0)
         total += tl.sum(count_g * mean_g, 0)
     mean = total * reciprocal(count)
@@ -231,9 +230,9 @@ def merge_rows(
         g = start + tl.arange(0, BLOCK_G)
         row = g[:, None] * stride
         mask = (g < G)[:, None] & c_mask[None, :]
-        mean_g = tl.load(mean_ptr + row + c[None, :], mask, other=0.0, cache_modifier=".cg")
-        m2_g = tl.load(m2_ptr + row + c[None, :], mask, other=0.0, cache_modifier=".cg")
-        count_g = tl.load(count_ptr + row + count_c[None, :], mask, other=0.0, cache_modifier=".cg")
+        mean_g = tl.load(rows_ptr + row + mean_at[None, :], mask, other=0.0, cache_modifier=".cg")
+        m2_g = tl.load(rows_ptr + row + m2_at[None, :], mask, other=0.0, cache_modifier=".cg")
+        count_g = tl.load(rows_ptr + row + count_at[None, :], mask, other=0.0, cache_modifier=".cg")
         deviation = mean_g - mean[None, :]
         m2 += tl.sum(m2_g + count_g * deviation * deviation, 0)
     return count, mean, m2
