@@ -28,6 +28,7 @@ from conftest import GPU, assert_untouched_around
 
 from tribn import reference
 from tribn.launch import MERGE, collapse, make_plan, vector
+from tribn.reference import accumulator
 
 if not (INTERPRET or GPU):
     pytest.skip(
@@ -200,6 +201,96 @@ def test_gradients_asked_for_equal_those_of_all(mask, training, splits, device):
         assert (one is not None) == wanted
         if wanted:
             torch.testing.assert_close(one, all_of_them, rtol=1e-6, atol=1e-6)
+
+
+def synchronized(module, inputs, **changes):
+    """Training of three ranks, whose rows are gathered here, of which one may have no batch."""
+    t, names = inputs, ("y", "dx", "dweight", "dbias", *STATS)
+    parts = zip(t.x.tensor_split(3), t.dy.tensor_split(3), strict=True)
+    parts = [replace(t, x=x, dy=dy) for x, dy in parts]
+    running = [t.running_mean.clone(), t.running_var.clone()]
+    counter = torch.tensor(4, device=t.x.device)
+    dtype = accumulator(t.x.dtype)
+
+    def plan(part, *tensors):
+        forced_one = module is kernels and part.x.numel()
+        return (forced(t.axis, *tensors, **changes),) if forced_one else ()
+
+    rows = [module.sync_stats(p.x, None, dtype, t.axis, *PLAIN, *plan(p, p.x, p.x)) for p in parts]
+    statistics = module.sync_combine(
+        torch.stack(rows), *running, counter, MOMENTUM, 1, False, dtype
+    )
+    mean, var, count = statistics
+    assert (counter, count) == (5, t.x.numel() // t.x.shape[t.axis])
+    tensors = [(p.dy, p.x, mean, var, t.weight, None, None, None, None) for p in parts]
+    like = [torch.empty_like(p.x) for p in parts]
+    y = torch.cat([evaluate(module, p, mean, var) for p in parts])
+    reduced = [
+        module.sync_backward_reduce(
+            *(*of, EPS, t.axis, *PLAIN, False, None, [True, True, False]),
+            *plan(p, p.x, p.dy, out),
+        )
+        for p, of, out in zip(parts, tensors, like, strict=True)
+    ]
+    sums, *grads = (sum(results) for results in list(zip(*reduced, strict=True))[:3])
+    dx = torch.cat(
+        [
+            module.sync_backward_dx(
+                *(*of, count, sums, EPS, t.axis, *PLAIN, False, t.x.dtype),
+                *plan(p, p.x, p.dy, out),
+            )
+            for p, of, out in zip(parts, tensors, like, strict=True)
+        ]
+    )
+    return dict(zip(names, (y, dx, *grads, *running), strict=True))
+
+
+@pytest.mark.parametrize(("case", "path"), zip(SHAPES, itertools.cycle(PATHS), strict=False))
+def test_synchronized_on_every_path(case, path, device):
+    inputs = Inputs.of(case, device)
+    changes = dict(zip(TILE, path, strict=True))
+    results = synchronized(kernels, inputs, **changes)
+    # The parts' gradients have been rounded before they are added up.
+    parts = 3 * torch.finfo(accumulator(case.dtype)).eps
+    oracle = exact(inputs, True, MOMENTUM, EPS)
+    for name in ("dweight", "dbias"):
+        values, slack = oracle[name]
+        oracle[name] = oracle[name]._replace(slack=slack + parts * abs(values).max())
+    assert_all_accurate(results, train(reference, inputs), oracle)
+
+
+def test_ranks_that_differ_make_the_statistics_nan_and_move_nothing(device):
+    """Also beyond the rows that are merged at once."""
+    rows = torch.rand(MERGE + 3, 2 + 2 * 20, dtype=F64, device=device)
+    rows[:, 0] = reference.kind(F32, 20)
+    rows[-1, 0] += 1
+    running, counter = torch.rand(2, 20, device=device), torch.tensor(4, device=device)
+    before = running.clone()
+    statistics = kernels.sync_combine(rows, *running, counter, None, 1, False, F32)
+    assert all(t.isnan().all() for t in statistics[:2])
+    assert torch.equal(running, before)
+    assert counter == 4
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("momentum", [MOMENTUM, None])
+@pytest.mark.parametrize("ranks", [1, MERGE, 2 * MERGE + 3])
+def test_rows_of_many_ranks_are_merged_as_the_reference_does(ranks, momentum, skip, device):
+    """Of which one is empty and one is infinite in some channels; and all of them empty."""
+    rows = torch.rand(ranks, 2 + 2 * 20, dtype=F64, device=device)
+    rows[:, 0] = reference.kind(F16, 20)
+    rows[:, 1] = torch.arange(1, ranks + 1)
+    rows[ranks // 2, 1:] = 0
+    rows[-1, 2:5] = torch.inf
+    for batch in (rows, torch.cat((rows[:, :1], 0 * rows[:, 1:].nan_to_num(0, 0, 0)), 1)):
+        results = []
+        for module in (kernels, reference):
+            states = torch.ones(20, device=device), torch.ones(20, device=device)
+            states += (torch.tensor(4, device=device),)
+            found = module.sync_combine(batch, *states, momentum, 1, skip, F32)
+            results.append((*found, *states))
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, equal_nan=True)
 
 
 # What is fused
