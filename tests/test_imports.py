@@ -19,6 +19,7 @@ ORDER = [
     "statistics",
     "nn",
     "functional",
+    "export",
     "transforms",
     "autograd",
     "vmap",
