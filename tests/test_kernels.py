@@ -245,7 +245,7 @@ def synchronized(module, inputs, **changes):
     return dict(zip(names, (y, dx, *grads, *running), strict=True))
 
 
-@pytest.mark.parametrize(("case", "path"), zip(SHAPES, itertools.cycle(PATHS), strict=False))
+@pytest.mark.parametrize(("case", "path"), [*zip(SHAPES, itertools.cycle(PATHS), strict=False)])
 def test_synchronized_on_every_path(case, path, device):
     inputs = Inputs.of(case, device)
     changes = dict(zip(TILE, path, strict=True))

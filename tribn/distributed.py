@@ -44,7 +44,21 @@ class Ranks(NamedTuple):
         return cls(group.group_name, size) if size > 1 else None
 
 
-def batch_norm_train(
+def batch_norm_train(ranks: Ranks | None, plain: bool, *args: Any) -> Any:
+    """The operator of that name, with the batches of all ranks as one."""
+    if ranks is None:
+        return ops.run(ops.batch_norm_train, plain, *args)
+    return _train(ranks, plain, *args)
+
+
+def batch_norm_backward(ranks: Ranks | None, plain: bool, *args: Any) -> Any:
+    """The operator of that name; the gradients of weight and bias are of this rank's batch."""
+    if ranks is None:
+        return ops.run(ops.batch_norm_backward, plain, *args)
+    return _backward(ranks, plain, *args)
+
+
+def _train(
     ranks: Ranks,
     plain: bool,
     x: Tensor,
@@ -60,7 +74,6 @@ def batch_norm_train(
     skip_nonfinite: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The operator of that name with the batches of all ranks as one."""
     _, axis, *activation, _ = options
     dtype = accumulator(
         x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -79,7 +92,7 @@ def batch_norm_train(
     return y, mean, var, count, bits
 
 
-def batch_norm_backward(
+def _backward(
     ranks: Ranks,
     plain: bool,
     dy: Tensor,
@@ -97,7 +110,6 @@ def batch_norm_backward(
     axis: int,
     *options: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The operator of that name; the gradients of weight and bias are of this rank's batch."""
     *activation, dtype, residual_dtype, wanted = options
     tensors = (dy, x, mean, var, weight, bias, residual, bits, mask)
     options = (eps, axis, *activation)
@@ -183,9 +195,12 @@ class _Sum(torch.autograd.Function):
     """The sum of all ranks' tensors, whose gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
+    def forward(t: Tensor, ranks: Ranks) -> Tensor:
         return gather(t.double(), ranks).sum(0).to(t.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.ranks = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

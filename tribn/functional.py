@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tribn import ops
+from tribn import export, ops, transforms
 from tribn.activation import Activation, parse
-from tribn.autograd import BatchNormEval, BatchNormTrain, Options
+from tribn.autograd import BatchNormEval, BatchNormTrain, Options, transformed
 from tribn.distributed import Ranks
+from tribn.export import exporting
 from tribn.reference import DTYPES
 
 _STATES = ("running_mean", "running_var", "num_batches_tracked")
@@ -101,24 +102,33 @@ def batch_norm(
         *(input, residual, mask, lengths, weight, bias),
         *(running_mean, running_var, num_batches_tracked),
     )
-    numbers = (
+    numbers: tuple[Any, ...] = (
         *(training, momentum, eps, channel_axis, parse(activation), order, nonfinite),
         *(correction, memory, torch.is_grad_enabled()),
         Ranks.of(process_group) if training and process_group is not None else None,
     )
-    options, plain = _recall(tensors, numbers)
+    transform = transformed()
+    if transform or torch.compiler.is_compiling():
+        options, plain = _checked(None, *tensors, *numbers), False
+    else:
+        options, plain = _recall(tensors, numbers)
     if lengths is not None:
         mask = mask_of(lengths, input, options.axis)
     if residual is not None and residual.dtype not in DTYPES:
         residual = residual.to(input.dtype)
-    y: Tensor
+    state: tuple[Tensor | None, ...] = (running_mean, running_var)
     if training:
-        running = (None, None, None) if computing_again() else tensors[-3:]
-        y = BatchNormTrain.apply(input, weight, bias, residual, mask, *running, options, plain)
+        state = (None,) * 3 if computing_again() else (*state, num_batches_tracked)
+    inputs = (input, weight, bias, residual, mask, *state)
+    y: Tensor
+    if transform:
+        y, *_ = transforms.batch_norm(options, *inputs)
+    elif not plain and exporting():
+        y = export.batch_norm(options, *inputs)  # type: ignore[arg-type]
+    elif training:
+        y = BatchNormTrain.apply(*inputs, options, plain)
     else:
-        y = BatchNormEval.apply(
-            input, weight, bias, residual, mask, running_mean, running_var, options, plain
-        )
+        y = BatchNormEval.apply(*inputs, options, plain)
     return y
 
 
@@ -148,7 +158,7 @@ def batch_stats(
     _check_mask(mask, lengths, input, axis)
     if lengths is not None:
         mask = mask_of(lengths, input, axis)
-    mean, var, count = ops.batch_stats(input.detach(), mask, axis)
+    mean, var, count = ops.batch_stats(input, mask, axis)
     return mean, var, count
 
 
@@ -175,8 +185,6 @@ def _signatures(*key: object) -> tuple[ops.Signature, ops.Signature]:
 
 def _recall(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Options, bool]:
     """The options, checked unless all is as in a call before, and whether the tensors are plain."""
-    if torch.compiler.is_compiling():
-        return _checked(None, *tensors, *numbers), False
     try:
         forward, backward = _signatures(tensors[0].shape, *map(type, tensors), *numbers)
     except (AttributeError, RuntimeError, TypeError):  # no dense tensor, or a number that is none
