@@ -359,6 +359,26 @@ def test_gradients_of_gradients(name, pool):
         torch.testing.assert_close(whole, value)
 
 
+def pushed(rank):
+    """The output of torch.func.jvp, and its tangent."""
+    torch.manual_seed(0)
+    x, tangent = torch.randn(2, 9, 3, 4, dtype=F64)
+    options = {"activation": "tanh"}
+    if rank is not None:
+        share = shares(9, 4, "uneven")[rank]
+        x, tangent = x[share], tangent[share]
+        options["process_group"] = dist.group.WORLD
+    return torch.func.jvp(
+        lambda x: batch_norm(x, None, None, training=True, **options), (x,), (tangent,)
+    )
+
+
+def test_tangents(pool):
+    results = pool(pushed)
+    for i, expected in enumerate(pushed(None)):
+        torch.testing.assert_close(torch.cat([result[i] for result in results]), expected)
+
+
 def compiled(rank, backend, **options):
     """Steps of a layer, eager and compiled as a whole."""
     results = []
@@ -397,6 +417,8 @@ def exported(rank):
     assert any("batch_norm" in call for call in calls)
     assert not any("c10d" in call or "agree" in call for call in calls)
     torch.testing.assert_close(program.module()(x), layer(x))
+    with pytest.raises(Exception, match="export it in evaluation"):
+        torch.export.export(layer.train(), (x,))
 
 
 def accumulated(rank, momentum):
