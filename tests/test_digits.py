@@ -18,7 +18,7 @@ ROOT = Path(digits.__file__).parent.parent
 
 
 def test_two_processes_have_the_curve_of_one():
-    command = re.search(r"torchrun (.*)", digits.__doc__).group(1).split()
+    command = re.search(r"^ +torchrun (.*)", digits.__doc__, re.MULTILINE).group(1).split()
     for document in ("README.md", "perf/README.md"):
         assert " ".join(command) in (ROOT / document).read_text()
     done = subprocess.run(
