@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import random
@@ -248,6 +249,21 @@ def test_alone_it_is_batch_norm():
     assert torch.equal(layer.running_var, expected.running_var)
     with pytest.raises(ValueError, match="one value per channel"):
         layer(torch.randn(1, 3))
+
+
+def copied(rank):
+    """A copy is of the same process group, and has its own statistics."""
+    layer = tribn.SyncBatchNorm(3, process_group=groups[4])
+    twice = torch.nn.ModuleList([layer, layer])
+    first, second = copy.deepcopy(twice)
+    assert first is second is not layer
+    assert first.process_group is groups[4]
+    first(torch.randn(4, 3))
+    assert (first.num_batches_tracked, layer.num_batches_tracked) == (1, 0)
+
+
+def test_layers_are_copied_but_not_their_process_group(pool):
+    pool(copied)
 
 
 class Collectives(TorchDispatchMode):

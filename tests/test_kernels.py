@@ -25,6 +25,7 @@ from cases import (
     wide,
 )
 from conftest import GPU, assert_untouched_around
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tribn import reference
 from tribn.launch import MERGE, collapse, make_plan, vector
@@ -291,6 +292,29 @@ def test_rows_of_many_ranks_are_merged_as_the_reference_does(ranks, momentum, sk
             results.append((*found, *states))
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+class NoReading(TorchDispatchMode):
+    """The host must not wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (0, 5, 7)], ids=str)
+def test_the_host_reads_nothing_between_the_ranks(shape, device):
+    x, mask = torch.randn(shape, device=device), torch.ones(shape[::2], device=device) > 0
+    mean, var = torch.randn(5, device=device), torch.ones(5, device=device)
+    counter, rest = torch.tensor(4, device=device), (EPS, 1, *PLAIN, False)
+    tensors = (x, x, mean, var, None, None, None, None, mask)
+    with NoReading():
+        rows = kernels.sync_stats(x, mask, F32, 1, *PLAIN).expand(3, -1)
+        *_, count = kernels.sync_combine(rows, mean, var, counter, None, 1, False, F32)
+        sums, *_ = kernels.sync_backward_reduce(*tensors, *rest, None, [True, True, False])
+        kernels.sync_backward_dx(*tensors, count, sums, *rest, F32)
+    assert counter == (5 if x.numel() else 4)
+    assert count == 3 * x.numel() // 5
 
 
 # What is fused

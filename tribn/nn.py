@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -336,6 +337,12 @@ class SyncBatchNorm(_BatchNorm):
             memory=memory,
         )
         self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        memo[id(self.process_group)] = self.process_group  # which cannot be copied
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank that `batch_norm` takes."""

@@ -137,6 +137,7 @@ def sync_combine(
     skip_nonfinite: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rows = rows.contiguous()
     W, size = rows.shape
     C = (size - 2) // 2
     mean, var = (rows.new_empty((C,), dtype=dtype) for _ in range(2))
@@ -241,7 +242,7 @@ def sync_backward_dx(
         axis, dx, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
     )
     channels = dense(mean, var, weight, bias)
-    partials = sums.view(2, 1, -1)
+    partials = sums.contiguous().view(2, 1, -1)
     constants = backward._constants(activation, p, q, act_first, from_output, True)
     launch(
         backward_dx_kernel,
