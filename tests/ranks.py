@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 # torch is imported once, by a server that has no threads yet, and forked from there.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "torch.distributed.tensor", "tribn", "cases"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch.distributed.tensor", "tribn", "cases"])
 
 PATIENCE = 120  # seconds
 
@@ -33,10 +33,10 @@ class Pool:
         """Starts the processes; collectives of the default group wait so many seconds."""
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        pipes = [FORK.Pipe() for _ in range(size)]
+        pipes = [SERVER.Pipe() for _ in range(size)]
         self._connections = [ours for ours, _ in pipes]
         self.processes = [
-            FORK.Process(target=_serve, args=(theirs, rank, size, store, timeout), daemon=True)
+            SERVER.Process(target=_serve, args=(theirs, rank, size, store, timeout), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:

@@ -7,8 +7,10 @@ import inspect
 import os
 import random
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 from itertools import pairwise
 
 import pytest
@@ -264,6 +266,18 @@ def copied(rank):
 
 def test_layers_are_copied_but_not_their_process_group(pool):
     pool(copied)
+
+
+def explained(rank):
+    with redirect_stdout(StringIO()) as text:
+        tribn.explain(tribn.SyncBatchNorm(3), torch.randn(4, 3, 5))
+    return text.getvalue()
+
+
+def test_explained(pool):
+    for text in pool(explained):
+        assert ("what all ranks have is gathered in between" in text) == INTERPRET
+        assert text.startswith("SyncBatchNorm(3")
 
 
 class Collectives(TorchDispatchMode):

@@ -242,7 +242,13 @@ class _Met:
     turns: int = 0  # in which all ranks have said what they come with
 
 
-_met: WeakKeyDictionary[Any, _Met] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[Any, _Met] = WeakKeyDictionary()
+
+
+def _met(group: Any) -> _Met:
+    if group not in _groups:
+        _groups[group] = _Met()
+    return _groups[group]
 
 
 def agree(row: Tensor, group: str, kind: int) -> None:
@@ -253,7 +259,7 @@ def agree(row: Tensor, group: str, kind: int) -> None:
         RuntimeError: not all ranks have come within the group's timeout.
     """
     found = _resolve(group)
-    met = _met.setdefault(found, _Met())
+    met = _met(found)
     if kind in met.kinds:
         return
     store, timeout = _store(found), _timeout(found, row.device)
@@ -293,10 +299,10 @@ def _failure(ranks: Ranks, device: torch.device) -> str:
         f"a collective of synchronized batch norm failed on rank {group.rank()} of {ranks.size} of "
         f"the process group: another rank has died, or did not come within "
         f"{_timeout(group, device)}. All ranks must call the same layers in the same order, "
-        "backward too. This batch has not moved the running statistics"
+        "backward too. Running statistics move only after the collective of forward"
     )
     with suppress(RuntimeError):  # the store may have died too
-        for rank, kind in _come(group, f"tribn/{_met[group].turns}").items():
+        for rank, kind in _come(group, f"tribn/{_met(group).turns}").items():
             text += f"; rank {rank} has come with {describe(kind)}, which is new to it"
     return text
 

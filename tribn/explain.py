@@ -12,6 +12,7 @@ from torch import Tensor
 from tribn import launch
 from tribn.functional import batch_norm
 from tribn.launch import Plan
+from tribn.nn import Layer
 
 # Tensors as large as the input, by their names in the kernels, and those of them that a single
 # launch visits twice: in memory, unless a slab of channels stays on the chip meanwhile.
@@ -73,9 +74,12 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
     print(f"{title} of {tuple(x.shape)}, strides {x.stride()}, {x.dtype}, on {_name(x.device)}")
     if not forward:
         print("  PyTorch's operators: kernels run for tensors on a GPU")
+    why = "the device does not run programs at the same time"
+    if isinstance(call, Layer) and call.ranks() is not None:
+        why = "what all ranks have is gathered in between"
     for direction, launches in (("forward", forward), ("backward", backward)):
         if launches:
-            _print(direction, launches)
+            _print(direction, launches, why)
     if y.requires_grad:
         print(f"  kept for backward: {_size(sum(kept.values()))}, parameters included")
 
@@ -88,12 +92,11 @@ def _copied(value: Any, first: bool) -> Any:
     return copied.requires_grad_(value.requires_grad or first)
 
 
-def _print(direction: str, launches: list[Any]) -> None:
-    """What is launched, and what it moves against what it would if it read everything once."""
+def _print(direction: str, launches: list[Any], why: str) -> None:
+    """What is launched, why more than once, and what it moves against reading everything once."""
     moved, floor = 0, {}
     count = f"{len(launches)} launch{'es' * (len(launches) > 1)}"
-    why = ": the device does not run programs at the same time" if len(launches) > 1 else ""
-    print(f"  {direction}: {count}{why}")
+    print(f"  {direction}: {count}" + f": {why}" * (len(launches) > 1))
     for kept, registers, args in launches:
         name, plan = kept.function.__name__.removesuffix("_kernel"), kept.plan
         for parameter, t in zip(kept.function.arg_names, args, strict=False):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tribn.activation import Activation, parse
-from tribn.distributed import is_dtensor, on_shards
+from tribn.distributed import Ranks, is_dtensor, on_shards
 from tribn.functional import (
     batch_norm,
     batch_stats,
@@ -158,6 +158,11 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
     def _group(self) -> Any:
         """The process group, if any, whose batches are one in training."""
         return None
+
+    def ranks(self) -> Ranks | None:
+        """The processes of that group, if there are others."""
+        group = self._group()
+        return None if group is None else Ranks.of(group)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         parameters, buffers = self._parameters, self._buffers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tribn import ops
-from tribn.distributed import Ranks, gather, is_dtensor
+from tribn.distributed import gather, is_dtensor
 from tribn.functional import batch_stats, computing_again, mask_of, merge_stats
 from tribn.nn import Layer
 from tribn.reference import accumulator
@@ -189,8 +189,7 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
 
 def _track(layer: Layer, rows: Tensor) -> None:
     """Moves a layer's running statistics towards those of all ranks' rows."""
-    group = layer._group()
-    if (ranks := None if group is None else Ranks.of(group)) is not None:
+    if (ranks := layer.ranks()) is not None:
         mean, var, count = ops.sync_combine(
             *(rows, None, None, None, 0.0, layer.correction, False, torch.float64)
         )
