@@ -1,6 +1,7 @@
 """Batch normalization modules: subclasses of torch.nn's, constructor and forward only."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
 class Layer(torch.nn.modules.batchnorm._BatchNorm):
     """What all batch norm layers have in common."""
 
+    __call__: Callable[..., Tensor]  # of anything, in torch.nn
     _ranks: tuple[int, ...]  # how many axes the input may have
     channel_axis: int
     activation: Activation
@@ -171,9 +173,6 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             correction=self.correction,
             memory=self.memory,
         )
-
-    if TYPE_CHECKING:  # torch.nn has calls take and return anything
-        __call__ = forward
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:
@@ -418,6 +417,7 @@ class StandardScaler(torch.nn.Module):
         n_samples_seen_: int64 scalar, values seen of each feature.
     """
 
+    __call__: Callable[..., Tensor]
     mean_: Tensor
     var_: Tensor
     scale_: Tensor
