@@ -348,7 +348,7 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
         stats_dtype: torch.dtype | None = None,
         memory: str = "input",
     ) -> None:
-        """Takes what the layer that it becomes takes, but for `num_features`."""
+        """Takes what the layer that it becomes takes, which see, but for `num_features`."""
         _check_dtype_and_bias(dtype, bias)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
@@ -424,7 +424,15 @@ class StandardScaler(torch.nn.Module):
     n_samples_seen_: Tensor
 
     def __init__(self, num_features: int, device: Device = None) -> None:
-        """Makes a scaler of `num_features` features that has seen none, and is the identity."""
+        """Makes a scaler that has seen nothing yet.
+
+        Args:
+            num_features: C, the number of features.
+            device: of the statistics.
+
+        Raises:
+            ValueError, TypeError: `num_features` is negative or no int.
+        """
         super().__init__()
         _check_num_features(num_features)
         self.num_features = num_features
@@ -436,7 +444,17 @@ class StandardScaler(torch.nn.Module):
 
     @torch.no_grad()
     def partial_fit(self, batch: Tensor) -> "StandardScaler":
-        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself."""
+        """Merges a batch into the statistics.
+
+        Args:
+            batch: tensor of shape (N, C) or (N, C, ...), of any real dtype.
+
+        Returns:
+            The scaler itself.
+
+        Raises:
+            ValueError, TypeError: the batch has another shape, device or dtype.
+        """
         self._check("batch", batch)
         seen = (self.mean_, self.var_, self.n_samples_seen_)
         merged = merge_stats(*seen, *batch_stats(batch.double()))
@@ -449,16 +467,33 @@ class StandardScaler(torch.nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x - mean_) / scale_ for x of shape (N, C) or (N, C, ...).
+        """Standardizes.
 
-        In the dtype of x, or torch's default if x is integer.
+        Args:
+            x: tensor of shape (N, C) or (N, C, ...), of any real dtype.
+
+        Returns:
+            (x - mean_) / scale_ in the dtype of x, or torch's default if that is integer.
+
+        Raises:
+            ValueError, TypeError: x has another shape, device or dtype.
         """
         self._check("x", x)
         z = batch_norm(x.double(), self.mean_, self.scale_**2, eps=0.0)
         return z.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z * scale_ + mean_ in the dtype of z, which is floating: undoes `forward`."""
+        """Undoes `forward`.
+
+        Args:
+            z: tensor of shape (N, C) or (N, C, ...), of a floating dtype.
+
+        Returns:
+            z * scale_ + mean_ in the dtype of z.
+
+        Raises:
+            ValueError, TypeError: z has another shape, device or dtype.
+        """
         self._check("z", z)
         check_floating("z", z)
         shape = (-1,) + (1,) * (z.dim() - 2)
