@@ -1,5 +1,6 @@
-"""Docstrings of all that is public, what help() shows, and the code in the documents."""
+"""Docstrings of all that is public, what help() and errors say, and the code in the documents."""
 
+import ast
 import inspect
 import pydoc
 import re
@@ -86,6 +87,26 @@ def test_help_tells_what_a_layer_takes(name, listed):
     assert "Initialize internal Module state" not in text
     assert "Define the computation performed at every call" not in text
     assert "'int'" not in text, "annotations are strings"
+
+
+def raised():
+    """The errors that tribn makes, as they are written."""
+    for path in sorted((ROOT / "tribn").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                yield pytest.param(ast.unparse(node.exc), id=f"{path.name}:{node.lineno}")
+
+
+ERRORS = list(raised())
+
+
+@pytest.mark.parametrize("text", ERRORS)
+def test_errors_say_what_is_wrong_and_behind_a_colon_what_to_do(text):
+    assert re.search(r"[^ ]: .", text)
+
+
+def test_errors_are_found():
+    assert len(ERRORS) > 50
 
 
 def test_python_of_the_readme():
