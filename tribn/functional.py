@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tribn import ops
+from tribn import ops, transforms
 from tribn.activation import Activation, parse
-from tribn.autograd import BatchNormEval, BatchNormTrain, Options
+from tribn.autograd import BatchNormEval, BatchNormTrain, Options, transformed
 
 __all__ = ["batch_norm", "batch_stats"]
 
@@ -97,23 +97,30 @@ def batch_norm(
         *(input, residual, mask, lengths, weight, bias),
         *(running_mean, running_var, num_batches_tracked),
     )
-    numbers = (
+    numbers: tuple[Any, ...] = (
         *(training, momentum, eps, channel_axis, parse(activation), order, nonfinite),
         *(correction, memory, torch.is_grad_enabled()),
     )
-    options, plain = _recall(tensors, numbers)
+    transform = transformed()
+    if transform or torch.compiler.is_compiling():
+        options, plain = _checked(None, *tensors, *numbers), False
+    else:
+        options, plain = _recall(tensors, numbers)
     if lengths is not None:
         mask = _mask(lengths, input, options.axis)
     if residual is not None and residual.dtype not in _DTYPES:
         residual = residual.to(input.dtype)
-    y: Tensor
+    state: tuple[Tensor | None, ...] = (running_mean, running_var)
     if training:
-        running = (None, None, None) if _computing_again() else tensors[-3:]
-        y = BatchNormTrain.apply(input, weight, bias, residual, mask, *running, options, plain)
+        state = (None,) * 3 if _computing_again() else (*state, num_batches_tracked)
+    inputs = (input, weight, bias, residual, mask, *state)
+    y: Tensor
+    if transform:
+        y = transforms.batch_norm(options, *inputs)
+    elif training:
+        y = BatchNormTrain.apply(*inputs, options, plain)
     else:
-        y = BatchNormEval.apply(
-            input, weight, bias, residual, mask, running_mean, running_var, options, plain
-        )
+        y = BatchNormEval.apply(*inputs, options, plain)
     return y
 
 
@@ -170,8 +177,6 @@ def _signatures(*key: object) -> tuple[ops.Signature, ops.Signature]:
 
 def _recall(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Options, bool]:
     """The options, checked unless all is as in a call before, and whether the tensors are plain."""
-    if torch.compiler.is_compiling():
-        return _checked(None, *tensors, *numbers), False
     try:
         forward, backward = _signatures(tensors[0].shape, *map(type, tensors), *numbers)
     except (AttributeError, RuntimeError, TypeError):  # no dense tensor, or a number that is none
