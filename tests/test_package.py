@@ -1,5 +1,6 @@
 """What is packaged, how it works where nothing else is installed, and its types."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -95,6 +96,13 @@ def test_runs_without_triton_and_without_a_gpu(site):
     assert versions.startswith(f"tribn {tribn.__version__}, ")
     assert versions.endswith(", no Triton")
     assert last.startswith("Everything is right")
+
+
+def test_a_users_program_names_all_that_is_public():
+    nodes = list(ast.walk(ast.parse((ROOT / "tests" / "user.py").read_text())))
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    named |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    assert named >= {*tribn.__all__, *tribn.functional.__all__, "partial_fit", "inverse"}
 
 
 def test_types_of_a_users_program(site, tmp_path, pytestconfig):
