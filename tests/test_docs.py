@@ -153,9 +153,11 @@ def test_commands_of_the_documents_are_understood(words, capsys):
     program, command = {"perf": (perf, words[3:4]), "tribn": (tribn.__main__.main, [])}[words[2]]
     options = dropwhile(lambda word: not word.startswith("-"), words[3:])  # no files or revisions
     with pytest.raises(SystemExit) as exit:
-        program([*command, *options, "--help"])  # what stands before it is checked first
+        program([*command, *options, "--help"])  # values that stand before it are checked first
     assert exit.value.code == 0
-    assert "usage: python -m " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "usage: python -m " in said
+    assert all(re.search(rf" {w}[ \n]", said) for w in words if w.startswith("--"))
 
 
 def test_commands_are_found():
