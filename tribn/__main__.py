@@ -70,7 +70,7 @@ class Case:
         }
 
 
-# In both, programs of a GPU wait for each other. The interpreter takes seconds.
+# As small as can be with programs that wait for each other on a GPU: the interpreter is slow.
 CASES = (
     Case("float32", (19, 2, 30, 30)),
     Case(
@@ -255,6 +255,7 @@ def cuda() -> tuple[str, str | None]:
 
 
 def driver() -> str:
+    """The NVIDIA driver's version in words."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
@@ -265,6 +266,7 @@ def driver() -> str:
 
 
 def title(device: str) -> str:
+    """The hardware's name."""
     if device == "cpu":
         return f"{platform.machine()} CPU"
     properties = torch.cuda.get_device_properties(device)
