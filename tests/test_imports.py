@@ -20,6 +20,7 @@ ORDER = [
     "statistics",
     "nn",
     "functional",
+    "export",
     "transforms",
     "autograd",
     "vmap",

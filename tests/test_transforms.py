@@ -22,9 +22,6 @@ from torch.func import (
 import tribn
 from tribn.functional import batch_norm
 
-# PyTorch's own, as it loads what it needs for forward mode
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")
-
 C = 3
 SHAPE = (4, C, 5)
 VARIANTS = {

@@ -207,10 +207,6 @@ def backward(ctx: Any, dy: Tensor) -> Grads:
     if x is None:  # dx takes its memory format from dy
         dy = _with_stride(dy, stride)
     rest = (from_output, dtype, residual_dtype, wanted)
-    if torch.is_grad_enabled() and from_output:
-        raise RuntimeError(
-            "memory is 'inplace', which keeps no input: gradients of gradients need memory='input'"
-        )
     dx: Tensor | None
     if torch.is_grad_enabled() or transformed():
         dx, dweight, dbias, dresidual = BatchNormBackward.apply(
@@ -241,8 +237,6 @@ def _with_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 def transformed() -> bool:
     """Whether torch.func's transforms or forward-mode differentiation are at work."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -286,7 +280,13 @@ class BatchNormBackward(torch.autograd.Function):
 def _gradients(ctx: Any) -> tuple[Callable[[Tensors], Tensors], Tensors]:
     """What `BatchNormBackward` computes, as a function of tensors by name, and these."""
     dy, x, mean, var, weight, bias, residual, bits, mask, count = ctx.saved_tensors
-    eps, training, axis, *act, act_first, _, dtype, residual_dtype, wanted, stride = ctx.facts
+    eps, training, axis, *act, act_first, from_output, dtype, residual_dtype, wanted, stride = (
+        ctx.facts
+    )
+    if from_output:
+        raise RuntimeError(
+            "memory is 'inplace', which keeps no input: gradients of gradients need memory='input'"
+        )
     formula = Formula(
         *(training, eps, axis, Activation(*act), act_first, mean, var, bits, mask, count),
         *(dy.dtype, stride),
@@ -304,3 +304,11 @@ def _gradients(ctx: Any) -> tuple[Callable[[Tensors], Tensors], Tensors]:
         return {name: found[name].to(dtype) for name, w, dtype in kinds if w}
 
     return gradients, named(x, weight, bias, residual, dy)
+
+
+def _batch_norm_backward(dy: Tensor, x: Tensor | None, *args: Any) -> Any:
+    stride = (dy if x is None else x).stride()
+    return BatchNormBackward.apply(dy, x, *args, stride)
+
+
+ops.differentiate(ops.batch_norm_backward, _batch_norm_backward)

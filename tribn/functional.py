@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tribn import ops, transforms
+from tribn import export, ops, transforms
 from tribn.activation import Activation, parse
 from tribn.autograd import BatchNormEval, BatchNormTrain, Options, transformed
+from tribn.export import exporting
 
 __all__ = ["batch_norm", "batch_stats"]
 
@@ -116,7 +117,9 @@ def batch_norm(
     inputs = (input, weight, bias, residual, mask, *state)
     y: Tensor
     if transform:
-        y = transforms.batch_norm(options, *inputs)
+        y, *_ = transforms.batch_norm(options, *inputs)
+    elif not plain and exporting():
+        y = export.batch_norm(options, *inputs)  # type: ignore[arg-type]
     elif training:
         y = BatchNormTrain.apply(*inputs, options, plain)
     else:
@@ -150,7 +153,7 @@ def batch_stats(
     _check_mask(mask, lengths, input, axis)
     if lengths is not None:
         mask = _mask(lengths, input, axis)
-    mean, var, count = ops.batch_stats(input.detach(), mask, axis)
+    mean, var, count = ops.batch_stats(input, mask, axis)
     return mean, var, count
 
 

@@ -1,31 +1,33 @@
 """Batch norm under torch.func's transforms and in forward mode.
 
 There functions have to return what they keep, which takes longer: elsewhere those of
-`tribn.autograd` serve.
+`tribn.autograd` serve. But operators that are called without either, as in exported graphs, have
+their gradients by these too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tribn import ops
+from tribn.activation import Activation
 from tribn.autograd import Options, backward, save
 from tribn.formula import Formula, named, push
 from tribn.vmap import Dims, fold, one_by_one, unfold
 
 
-def batch_norm(options: Options, *tensors: Tensor | None) -> Tensor:
+def batch_norm(options: Options, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The output, and what else its function returns."""
     # Which gradients are wanted a tensor may not tell here, and bits are not batched.
     options = options._replace(
         inplace=False, keep_x=True, keep_residual=True, forward=(*options.forward[:-1], False)
     )
     function = BatchNormTrain if options.training else BatchNormEval
-    y: Tensor
-    y, *_ = function.apply(*tensors, options)
-    return y
+    return function.apply(*tensors, options)  # type: ignore[no-any-return]
 
 
 class BatchNormTrain(torch.autograd.Function):
@@ -125,3 +127,24 @@ def _jvp(ctx: Any, tangents: tuple[Any, ...]) -> Tensor:
     )
     inputs = named(x, weight, bias, residual)
     return push(formula.output, inputs, named(*tangents[:4]))  # type: ignore[no-any-return]
+
+
+def _options(tensors: Sequence[Tensor | None], training: Any, numbers: Sequence[Any]) -> Options:
+    """Those of an operator's call, whose last arguments are the numbers."""
+    eps, axis, *activation, act_first, _ = numbers
+    of = Activation(*activation), act_first
+    return Options.of(tensors, training, eps, axis, *of, inplace=False, grad=True, signature=None)
+
+
+def _batch_norm_train(*args: Any) -> tuple[Tensor | None, ...]:
+    options = _options(args[:4], args[8:11], args[11:])
+    return *batch_norm(options, *args[:8]), None
+
+
+def _batch_norm_eval(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    options = _options((x, *args[:3]), None, args[4:])
+    return *batch_norm(options, x, *args[:4], mean, var), None
+
+
+ops.differentiate(ops.batch_norm_train, _batch_norm_train)
+ops.differentiate(ops.batch_norm_eval, _batch_norm_eval)
