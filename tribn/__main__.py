@@ -244,7 +244,7 @@ def triton() -> tuple[str, str | None]:
 def cuda() -> tuple[str, str | None]:
     """torch's CUDA in words, and what keeps tensors from being there or kernels from using it."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return "no CUDA", "this torch is built without CUDA: see https://pytorch.org for others"
+        return "no CUDA", "this torch is built without CUDA: install a build with it"
     problem = None
     try:
         torch.cuda.init()
