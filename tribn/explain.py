@@ -1,7 +1,5 @@
 """`tribn.explain`: what a batch norm does on the device that its input is on."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,7 +10,7 @@ from torch import Tensor
 from tribn import launch
 from tribn.functional import batch_norm
 from tribn.launch import Plan
-from tribn.nn import Layer
+from tribn.nn import Layer, ranks_of
 
 # Tensors as large as the input, by their names in the kernels, and those of them that a single
 # launch visits twice: in memory, unless a slab of channels stays on the chip meanwhile.
@@ -38,10 +36,10 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
         args, options: what else it is called with.
 
     Raises:
-        TypeError: `call` is neither.
+        TypeError: `call` is neither, lacks its input, or gives no tensor.
     """
     if isinstance(call, torch.nn.Module):
-        title, function = str(call), cast(Callable[..., Tensor], copy.deepcopy(call))
+        title, function = str(call), cast(Callable[..., Any], copy.deepcopy(call))
     elif isinstance(call, Tensor):
         title, function = "batch_norm", batch_norm
         names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -50,6 +48,8 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
         args = (call, *args[len(names) :])
     else:
         raise TypeError(f"call is a {type(call).__name__}: it must be a module or a tensor")
+    if not args and "input" not in options:
+        raise TypeError("input is missing: it follows the module, explain(module, input)")
     args = tuple(_copied(t, first=i == 0) for i, t in enumerate(args))
     options = {name: _copied(t, first=name == "input") for name, t in options.items()}
     x: Tensor = args[0] if args else options["input"]
@@ -65,6 +65,8 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
         launch.launches = forward
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = function(*args, **options)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"call gives a {type(y).__name__}: it must give a tensor")
         launch.launches = backward
         if y.requires_grad:
             y.backward(torch.ones_like(y))
@@ -75,7 +77,7 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
     if not forward:
         print("  PyTorch's operators: kernels run for tensors on a GPU")
     why = "the device does not run programs at the same time"
-    if isinstance(call, Layer) and call.ranks() is not None:
+    if isinstance(call, Layer) and ranks_of(call) is not None:
         why = "what all ranks have is gathered in between"
     for direction, launches in (("forward", forward), ("backward", backward)):
         if launches:

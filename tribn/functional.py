@@ -1,7 +1,5 @@
 """Batch normalization as functions: signatures, validation and the policy of running statistics."""
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from numbers import Real
@@ -16,6 +14,8 @@ from tribn.autograd import BatchNormEval, BatchNormTrain, Options, transformed
 from tribn.distributed import Ranks
 from tribn.export import exporting
 from tribn.reference import DTYPES
+
+__all__ = ["batch_norm", "batch_stats"]
 
 _STATES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -330,12 +330,15 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value.layout}: it must be dense; convert it with to_dense()")
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
+def check_dtype(name: str, dtype: object, remedy: str = "") -> None:
+    if dtype not in DTYPES:
         raise TypeError(
-            f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64; "
-            f"convert it with {name}.float()"
+            f"{name} is {dtype}: it must be float16, bfloat16, float32 or float64{remedy}"
         )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_dtype(name, tensor.dtype, f"; convert it with {name}.float()")
 
 
 def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int:
@@ -350,7 +353,10 @@ def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int
     if not isinstance(channel_axis, int) or isinstance(channel_axis, bool):
         raise TypeError(f"channel_axis is {channel_axis!r}: it must be an int")
     if not -rank <= channel_axis < rank:
-        raise ValueError(f"channel_axis is {channel_axis}: input has {rank} axes")
+        raise ValueError(
+            f"channel_axis is {channel_axis}: it must be in [{-rank}, {rank - 1}], since input has "
+            f"{rank} axes"
+        )
     axis = channel_axis % rank
     if training and input.numel() == input.shape[axis] > 0:
         raise ValueError(
@@ -370,8 +376,8 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
     _check_device("residual", residual, input)
     if residual.dtype not in DTYPES and (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(
-            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64 or an "
-            "integer"
+            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64, bool "
+            "or an integer; convert it with residual.to(input.dtype)"
         )
 
 
@@ -387,12 +393,14 @@ def _check_mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis
                 "must be (N,) for an input of N rows of one length; give a mask for others"
             )
         if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(f"lengths is {lengths.dtype}: it must be an integer")
+            raise TypeError(
+                f"lengths is {lengths.dtype}: it must be an integer; convert it with lengths.long()"
+            )
         _check_device("lengths", lengths, input)
     elif mask is not None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}: it must be bool")
+            raise TypeError(f"mask is {mask.dtype}: it must be bool; convert it with mask.bool()")
         if list(mask.shape) != shape:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}: for an input of shape {tuple(input.shape)} "
@@ -422,7 +430,9 @@ def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None
 def _check_counter(counter: Tensor, input: Tensor) -> None:
     check_tensor("num_batches_tracked", counter)
     if counter.dtype != torch.int64:
-        raise TypeError(f"num_batches_tracked is {counter.dtype}: it must be int64")
+        raise TypeError(
+            f"num_batches_tracked is {counter.dtype}: it must be int64; start with torch.tensor(0)"
+        )
     if counter.dim():
         raise ValueError(
             f"num_batches_tracked has shape {tuple(counter.shape)}: it must be a scalar"

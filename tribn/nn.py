@@ -1,7 +1,6 @@
 """Batch normalization modules: subclasses of torch.nn's, constructor and forward only."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +14,7 @@ from tribn.functional import (
     batch_norm,
     batch_stats,
     check_bool,
+    check_dtype,
     check_eps,
     check_floating,
     check_input,
@@ -25,12 +25,20 @@ from tribn.functional import (
     merge_stats,
 )
 
+Device = torch.device | str | int | None
+
 
 def _check_num_features(num_features: object) -> None:
     if not isinstance(num_features, int) or isinstance(num_features, bool):
         raise TypeError(f"num_features is {num_features!r}: it must be an int")
     if num_features < 0:
         raise ValueError(f"num_features is {num_features}: it must not be negative")
+
+
+def _check_dtype_and_bias(dtype: object, bias: object) -> None:
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    check_bool("bias", bias)
 
 
 def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
@@ -44,6 +52,8 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
 class Layer(torch.nn.modules.batchnorm._BatchNorm):
     """What all batch norm layers have in common."""
 
+    __call__: Callable[..., Tensor]  # of anything, in torch.nn
+    _ranks: tuple[int, ...]  # how many axes the input may have
     channel_axis: int
     activation: Activation
     order: str
@@ -73,8 +83,6 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
                 )
         for name in ("affine", "track_running_stats"):
             check_bool(name, getattr(self, name))
-        for tensor in self._per_channel().values():
-            check_floating("dtype", tensor)
         if channel_axis not in (1, -1) or not isinstance(channel_axis, int):
             raise ValueError(f"channel_axis is {channel_axis}: it must be 1 or -1")
         if stats_dtype not in (None, torch.float32, torch.float64):
@@ -116,6 +124,24 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
+        """Normalizes the input, and applies what the layer was made with besides.
+
+        Args:
+            input: tensor of this layer's axes, float16, bfloat16, float32 or float64, any strides.
+            residual: tensor of the input's shape, added before the activation, or with
+                ``order="act_norm"`` to the result.
+            mask: bool tensor of the input's shape without the channel axis, True where the input
+                counts. Elsewhere it may hold anything, and output and gradients are zero.
+            lengths: integer tensor (N,), for input with one axis besides batch and channel: only
+                the first lengths[n] elements of row n count.
+
+        Returns:
+            A tensor of the input's shape and memory format, in the dtype of input + residual.
+
+        Raises:
+            ValueError: a shape or device does not fit, or training has one value per channel.
+            TypeError: an argument has a dtype that cannot be served.
+        """
         check_tensor("input", input)
         self._check_input_dim(input)
         C = input.shape[self.channel_axis]
@@ -155,14 +181,17 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             process_group=group,
         )
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._ranks:
+            ranks = " or ".join(map(str, self._ranks))
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}: {type(self).__name__} takes {ranks} axes, "
+                "batch and channels included"
+            )
+
     def _group(self) -> Any:
         """The process group, if any, whose batches are one in training."""
         return None
-
-    def ranks(self) -> Ranks | None:
-        """The processes of that group, if there are others."""
-        group = self._group()
-        return None if group is None else Ranks.of(group)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         parameters, buffers = self._parameters, self._buffers
@@ -189,6 +218,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             self._buffers[name] = statistic.to(self.stats_dtype)
 
     def reset_parameters(self) -> None:
+        """Sets the weight to 1, the bias to 0, and the running statistics to those of no batch."""
         self.reset_running_stats()
         if self.weight is not None:
             torch.nn.init.ones_(self.weight)
@@ -223,8 +253,8 @@ class _BatchNorm(Layer):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         channel_axis: int = 1,
@@ -235,7 +265,36 @@ class _BatchNorm(Layer):
         stats_dtype: torch.dtype | None = None,
         memory: str = "input",
     ) -> None:
+        """Makes a layer that is in training mode.
+
+        Args:
+            num_features: C, the number of channels.
+            eps: added to the variance; positive.
+            momentum: weight of a new batch in the running statistics, in [0, 1]; None averages
+                over all batches.
+            affine: learn a weight and a bias of shape (C,).
+            track_running_stats: keep running statistics of shape (C,) for evaluation.
+            device, dtype: of parameters and statistics.
+            bias: learn a bias, if `affine`.
+            channel_axis: 1, or -1 for the last axis.
+            activation: applied to the result, or with ``order="act_norm"`` to the input: "relu",
+                "relu6", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "mish", "sigmoid",
+                "tanh", "softplus", "hardswish" or "hardsigmoid", or torch.nn's module for one.
+            order: "norm_act" or "act_norm".
+            nonfinite: "propagate", or "skip" for channels whose batch statistics are infinite or
+                NaN to leave their running statistics alone.
+            correction: 1 for the unbiased variance in running_var, 0 for the biased one.
+            stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
+                when the layer is cast, as by `.half()`; None for those that do not.
+            memory: "input", or "inplace" to keep the output for backward in place of the input,
+                which `tribn.functional.batch_norm` says when it can.
+
+        Raises:
+            ValueError: a number or a name is none that is listed here.
+            TypeError: an argument is of another type.
+        """
         _check_num_features(num_features)
+        _check_dtype_and_bias(dtype, bias)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -245,47 +304,47 @@ class _BatchNorm(Layer):
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L) tensors; (N, L, C) with ``channel_axis=-1``.
 
-    `torch.nn.BatchNorm1d` in signature, semantics and state_dict; see `tribn.functional.batch_norm`
-    for the formula, the dtypes and the errors.
+        act((input - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    Args:
-        num_features: C, the number of channels.
-        eps: added to the variance; positive.
-        momentum: weight of a new batch in the running statistics, in [0, 1]; None averages over
-            all batches.
-        affine: learn a weight and a bias of shape (C,).
-        track_running_stats: keep running statistics for evaluation.
-        device, dtype: of parameters and statistics.
-        bias: learn a bias, if `affine`.
-        channel_axis: 1, or -1 for the last axis.
-        activation, order, nonfinite, correction, memory: see `tribn.functional.batch_norm`, and
-            there also `residual`, `mask` and `lengths`, which calls of the layer take.
-        stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
-            when the layer is cast, as by `.half()`; None for those that do not.
+    `torch.nn.BatchNorm1d` in signature, semantics and state_dict. Below ``__init__`` says what a
+    layer is made with, ``forward`` what it is called with; `tribn.functional.batch_norm` has the
+    rest.
     """
+
+    _ranks = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W) tensors; (N, H, W, C) with ``channel_axis=-1``.
 
-    `torch.nn.BatchNorm2d` in signature, semantics and state_dict; see `BatchNorm1d` for the
-    arguments.
+        act((input - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    `torch.nn.BatchNorm2d` in signature, semantics and state_dict. Below ``__init__`` says what a
+    layer is made with, ``forward`` what it is called with; `tribn.functional.batch_norm` has the
+    rest.
     """
+
+    _ranks = (4,)
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W) tensors; (N, D, H, W, C) with ``channel_axis=-1``.
 
-    `torch.nn.BatchNorm3d` in signature, semantics and state_dict; see `BatchNorm1d` for the
-    arguments.
+        act((input - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    `torch.nn.BatchNorm3d` in signature, semantics and state_dict. Below ``__init__`` says what a
+    layer is made with, ``forward`` what it is called with; `tribn.functional.batch_norm` has the
+    rest.
     """
+
+    _ranks = (5,)
 
 
 class SyncBatchNorm(_BatchNorm):
     """Batch normalization by the statistics of the batches of all processes of a group.
 
     Takes (N, C), (N, C, L), (N, C, H, W) and any more axes. `torch.nn.SyncBatchNorm` in signature,
-    semantics and state_dict, on CPUs too; see `BatchNorm1d` for the arguments and their defaults.
+    semantics and state_dict, on CPUs too.
 
     Output, gradient of the input, running statistics and counter are those of one process whose
     batch is the concatenation of all of them, which may differ in size and be empty. The gradients
@@ -296,18 +355,13 @@ class SyncBatchNorm(_BatchNorm):
     take none. While torch.distributed is not initialized, or the group has one process, this is
     plain batch normalization.
 
-    Args:
-        process_group: the torch.distributed.ProcessGroup; None for the default one, of all
-            processes.
-
-    Raises:
-        ValueError: the processes do not have the same number of channels and the same dtype; this
-            process is not of the group.
-        RuntimeError: a process failed, or did not come within the group's timeout.
-
     All processes must run the same synchronized layers in the same order, backward too: the loss of
-    a process whose batch is empty must depend on the output all the same. It is no subclass of
-    torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on CPUs.
+    a process whose batch is empty must depend on the output all the same. A call raises ValueError
+    on every process if they come with numbers of channels or dtypes that differ, and RuntimeError
+    if one has failed or does not come within the group's timeout; that layer's running statistics
+    have not moved then.
+
+    It is no subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on CPUs.
     """
 
     def __init__(
@@ -318,8 +372,8 @@ class SyncBatchNorm(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Any = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         channel_axis: int = 1,
@@ -330,6 +384,20 @@ class SyncBatchNorm(_BatchNorm):
         stats_dtype: torch.dtype | None = None,
         memory: str = "input",
     ) -> None:
+        """Makes a layer that is in training mode.
+
+        Args:
+            num_features, eps, momentum, affine, track_running_stats: as of `BatchNorm1d`.
+            process_group: the torch.distributed.ProcessGroup; None for the default one, of all
+                processes.
+            device, dtype: of parameters and statistics.
+            bias, channel_axis, activation, order: as of `BatchNorm1d`.
+            nonfinite, correction, stats_dtype, memory: as of `BatchNorm1d`.
+
+        Raises:
+            ValueError: a number or a name is none that is listed there.
+            TypeError: an argument is of another type.
+        """
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
             bias=bias,
@@ -343,19 +411,25 @@ class SyncBatchNorm(_BatchNorm):
         )
         self.process_group = process_group
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
         memo[id(self.process_group)] = self.process_group  # which cannot be copied
         memo[id(self)] = copied = type(self).__new__(type(self))
         vars(copied).update(deepcopy(vars(self), memo))
         return copied
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any rank that `batch_norm` takes."""
+        check_input(input, self.channel_axis)
 
     def _group(self) -> Any:
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return None
         return self.process_group or torch.distributed.group.WORLD
+
+
+def ranks_of(layer: Layer) -> Ranks | None:
+    """The processes whose batches are one for a layer in training, if it is not this one alone."""
+    group = layer._group()
+    return None if group is None else Ranks.of(group)
 
 
 class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
@@ -365,8 +439,8 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         channel_axis: int = 1,
@@ -377,12 +451,17 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
         stats_dtype: torch.dtype | None = None,
         memory: str = "input",
     ) -> None:
+        """Takes what the layer that it becomes takes, which see, but for `num_features`."""
+        _check_dtype_and_bias(dtype, bias)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
+    _check_input_dim = Layer._check_input_dim  # torch.nn's comes first
+
     def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Called with the first input, whose channels are counted."""
         check_input(input, self.channel_axis, self.training)
         self._check_input_dim(input)
         tensors = self._per_channel()
@@ -407,20 +486,23 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):
-    """A `BatchNorm1d` that takes `num_features` from its first input."""
+    """A `BatchNorm1d` that takes `num_features` from its first input, which makes it one."""
 
+    _ranks = BatchNorm1d._ranks
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_LazyBatchNorm, torch.nn.LazyBatchNorm2d):
-    """A `BatchNorm2d` that takes `num_features` from its first input."""
+    """A `BatchNorm2d` that takes `num_features` from its first input, which makes it one."""
 
+    _ranks = BatchNorm2d._ranks
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_LazyBatchNorm, torch.nn.LazyBatchNorm3d):
-    """A `BatchNorm3d` that takes `num_features` from its first input."""
+    """A `BatchNorm3d` that takes `num_features` from its first input, which makes it one."""
 
+    _ranks = BatchNorm3d._ranks
     cls_to_become = BatchNorm3d
 
 
@@ -438,12 +520,22 @@ class StandardScaler(torch.nn.Module):
         n_samples_seen_: int64 scalar, values seen of each feature.
     """
 
+    __call__: Callable[..., Tensor]
     mean_: Tensor
     var_: Tensor
     scale_: Tensor
     n_samples_seen_: Tensor
 
-    def __init__(self, num_features: int, device: Any = None) -> None:
+    def __init__(self, num_features: int, device: Device = None) -> None:
+        """Makes a scaler that has seen nothing yet.
+
+        Args:
+            num_features: C, the number of features.
+            device: of the statistics.
+
+        Raises:
+            ValueError, TypeError: `num_features` is negative or no int.
+        """
         super().__init__()
         _check_num_features(num_features)
         self.num_features = num_features
@@ -454,9 +546,19 @@ class StandardScaler(torch.nn.Module):
         self.register_buffer("n_samples_seen_", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
-    def partial_fit(self, batch: Tensor) -> StandardScaler:
-        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself."""
-        self._check(batch)
+    def partial_fit(self, batch: Tensor) -> "StandardScaler":
+        """Merges a batch into the statistics.
+
+        Args:
+            batch: tensor of shape (N, C) or (N, C, ...), of any real dtype.
+
+        Returns:
+            The scaler itself.
+
+        Raises:
+            ValueError, TypeError: the batch has another shape, device or dtype.
+        """
+        self._check("batch", batch)
         seen = (self.mean_, self.var_, self.n_samples_seen_)
         merged = merge_stats(*seen, *batch_stats(batch.double()))
         for statistic, new in zip(seen, merged, strict=True):
@@ -468,17 +570,34 @@ class StandardScaler(torch.nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x - mean_) / scale_ for x of shape (N, C) or (N, C, ...).
+        """Standardizes.
 
-        In the dtype of x, or torch's default if x is integer.
+        Args:
+            x: tensor of shape (N, C) or (N, C, ...), of any real dtype.
+
+        Returns:
+            (x - mean_) / scale_ in the dtype of x, or torch's default if that is integer.
+
+        Raises:
+            ValueError, TypeError: x has another shape, device or dtype.
         """
-        self._check(x)
+        self._check("x", x)
         z = batch_norm(x.double(), self.mean_, self.scale_**2, eps=0.0)
         return z.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z * scale_ + mean_ in the dtype of z, which is floating: undoes `forward`."""
-        self._check(z)
+        """Undoes `forward`.
+
+        Args:
+            z: tensor of shape (N, C) or (N, C, ...), of a floating dtype.
+
+        Returns:
+            z * scale_ + mean_ in the dtype of z.
+
+        Raises:
+            ValueError, TypeError: z has another shape, device or dtype.
+        """
+        self._check("z", z)
         check_floating("z", z)
         shape = (-1,) + (1,) * (z.dim() - 2)
         return (z * self.scale_.view(shape) + self.mean_.view(shape)).to(z.dtype)
@@ -489,18 +608,18 @@ class StandardScaler(torch.nn.Module):
         _restore(self, kept)
         return self
 
-    def _check(self, x: Tensor) -> None:
-        check_tensor("input", x)
+    def _check(self, name: str, x: Tensor) -> None:
+        check_tensor(name, x)
         if x.is_complex() or x.is_quantized:
-            raise TypeError(f"input is {x.dtype}: it must be a real number; convert it first")
+            raise TypeError(f"{name} is {x.dtype}: it must be a real number; convert it first")
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
-                f"input has shape {tuple(x.shape)}: it must be (N, {self.num_features}) or "
+                f"{name} has shape {tuple(x.shape)}: it must be (N, {self.num_features}) or "
                 f"(N, {self.num_features}, ...)"
             )
         if x.device != self.mean_.device:
             raise ValueError(
-                f"input is on {x.device} and this scaler on {self.mean_.device}: move one to the "
+                f"{name} is on {x.device} and this scaler on {self.mean_.device}: move one to the "
                 "other"
             )
 
