@@ -560,7 +560,7 @@ def test_a_missing_rank_ends_in_an_error(first, pool):
     results = pool(missing, first)
     for error, text, seconds, same in (results[0], results[2]):
         assert error is RuntimeError
-        assert ("for rank 1:" if first else "did not come within 0:00:02") in text
+        assert ("for rank 1:" if first else "did not come within 0:00:02.") in text
         assert seconds < BOUND
         assert same
 

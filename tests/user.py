@@ -29,6 +29,8 @@ assert_type(tribn.LazyBatchNorm1d(activation=torch.nn.LeakyReLU(0.2))(x.flatten(
 assert_type(tribn.LazyBatchNorm2d(order="act_norm", correction=0)(x), Tensor)
 assert_type(tribn.LazyBatchNorm3d(memory="inplace", bias=False)(x.unsqueeze(2)), Tensor)
 
+assert_type(tribn.SyncBatchNorm(3, process_group=None, activation="silu")(x), Tensor)
+
 mean, var, count = batch_stats(x)
 assert_type((mean, var, count), tuple[Tensor, Tensor, Tensor])
 assert_type(batch_norm(x, mean, var, training=True, num_batches_tracked=count), Tensor)
@@ -43,6 +45,9 @@ assert_type(scaler.mean_, Tensor)
 model = torch.nn.Sequential(Block(3), Block(3))
 tribn.update_stats(model, [x, [x, None]], "cpu", progress=False)
 assert_type(tribn.unfreeze(tribn.freeze(model)), torch.nn.Module)
+with tribn.accumulate_stats(model):
+    model(x)
+assert_type(tribn.convert_sync_batchnorm(model), torch.nn.Module)
 tribn.set_sm_margin(0)
 tribn.explain(Block(3).norm, x, residual=x)
 tribn.explain(x, training=True)

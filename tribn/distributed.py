@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tribn import ops
-from tribn.reference import accumulator, describe, differing, kind
+from tribn.reference import accumulator, check_same, describe, kind
 
 
 class Ranks(NamedTuple):
@@ -219,7 +219,14 @@ def gather(row: Tensor, ranks: Ranks) -> Tensor:
     try:
         return _gathered(row, ranks)
     except RuntimeError as error:
-        raise RuntimeError(_failure(ranks, row.device)) from error
+        group = _resolve(ranks.group)
+        raise RuntimeError(
+            f"a collective of synchronized batch norm failed on rank {group.rank()} of "
+            f"{ranks.size}: another rank has died, or did not come within "
+            f"{_timeout(group, row.device)}{_new(group)}. All ranks must call the same layers in "
+            "the same order, backward too. Running statistics move only when forward's collective "
+            "has succeeded"
+        ) from error
 
 
 def _gathered(row: Tensor, ranks: Ranks) -> Tensor:
@@ -276,12 +283,12 @@ def agree(row: Tensor, group: str, kind: int) -> None:
         come = _come(found, turn)
         missing = [rank for rank in range(found.size()) if rank not in come]
         raise RuntimeError(
-            f"rank {found.rank()} of the process group waited {timeout} in a synchronized batch "
-            f"norm of {describe(kind)} for rank {', '.join(map(str, missing))}: all ranks must "
-            "call the same layers in the same order"
+            f"rank {found.rank()} waited {timeout} in a synchronized batch norm of "
+            f"{describe(kind)} for rank {', '.join(map(str, missing))}: all ranks of the process "
+            "group must call the same layers in the same order"
         ) from error
     if store.get(f"{turn}/same") != b"True":
-        raise ValueError(differing(list(map(describe, _come(found, turn).values()))))
+        check_same(list(_come(found, turn).values()))
     met.kinds.add(kind)
 
 
@@ -292,19 +299,12 @@ def _come(group: Any, turn: str) -> dict[int, int]:
     return {rank: int(store.get(key)) for rank, key in keys.items() if store.check([key])}
 
 
-def _failure(ranks: Ranks, device: torch.device) -> str:
-    """What to say when a collective has failed."""
-    group = _resolve(ranks.group)
-    text = (
-        f"a collective of synchronized batch norm failed on rank {group.rank()} of {ranks.size} of "
-        f"the process group: another rank has died, or did not come within "
-        f"{_timeout(group, device)}. All ranks must call the same layers in the same order, "
-        "backward too. Running statistics move only after the collective of forward"
-    )
-    with suppress(RuntimeError):  # the store may have died too
-        for rank, kind in _come(group, f"tribn/{_met(group).turns}").items():
-            text += f"; rank {rank} has come with {describe(kind)}, which is new to it"
-    return text
+def _new(group: Any) -> str:
+    """Who has come meanwhile with what is new to it."""
+    with suppress(RuntimeError):  # the store may have died as well
+        come = _come(group, f"tribn/{_met(group).turns}").items()
+        return "".join(f"; rank {rank} has come with {describe(kind)}" for rank, kind in come)
+    return ""
 
 
 def _resolve(name: Any) -> Any:

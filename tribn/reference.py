@@ -331,8 +331,7 @@ def sync_combine(
     ranks differ in C or dtype.
     """
     kinds, counts = rows[:, :2].long().unbind(1)
-    if (kinds != kinds[0]).any():
-        raise ValueError(differing(list(map(describe, kinds.tolist()))))
+    check_same(kinds.tolist())
     means, m2s = rows[:, 2:].unflatten(1, (2, -1)).unbind(1)
     count, n = counts.sum(), counts.unsqueeze(1)
     mean = (n * means).sum(0) / count.clamp(min=1)
@@ -442,13 +441,15 @@ def describe(kind: int) -> str:
     return f"{channels} channels of {DTYPES[dtype]}"
 
 
-def differing(kinds: list[str]) -> str:
-    """What to say when ranks do not have the same: what each of them has."""
+def check_same(kinds: list[int]) -> None:
+    """That all ranks have the same, by what each of them has."""
+    if len(set(kinds)) == 1:
+        return
     ranks = defaultdict(list)
-    for rank, text in enumerate(kinds):
-        ranks[text].append(str(rank))
-    found = "; ".join(f"{text} on rank {', '.join(of)}" for text, of in ranks.items())
-    return (
+    for rank, kind in enumerate(kinds):
+        ranks[kind].append(str(rank))
+    found = "; ".join(f"{describe(kind)} on rank {', '.join(of)}" for kind, of in ranks.items())
+    raise ValueError(
         f"the ranks of a synchronized batch norm differ: {found}. All must call the same layers in "
         "the same order, with inputs of one dtype"
     )
