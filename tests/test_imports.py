@@ -16,6 +16,8 @@ ROOT = Path(tribn.__file__).parent
 ORDER = [
     "explain",
     "convert",
+    "fuse",
+    "trace",
     "statistics",
     "nn",
     "functional",

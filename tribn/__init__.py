@@ -1,7 +1,7 @@
 """Batch normalization for PyTorch, in Triton kernels on a GPU and plain PyTorch on a CPU."""
 
 from tribn import functional
-from tribn.convert import freeze, unfreeze
+from tribn.convert import Report, convert, freeze, revert, unfreeze
 from tribn.explain import explain
 from tribn.launch import set_sm_margin
 from tribn.nn import (
@@ -24,10 +24,13 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Report",
     "StandardScaler",
+    "convert",
     "explain",
     "freeze",
     "functional",
+    "revert",
     "set_sm_margin",
     "unfreeze",
     "update_stats",

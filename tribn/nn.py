@@ -113,6 +113,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        activation: str | torch.nn.Module | Activation | None = None,
     ) -> Tensor:
         check_tensor("input", input)
         self._check_input_dim(input)
@@ -138,7 +139,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             channel_axis=self.channel_axis,
             num_batches_tracked=num_batches_tracked if batch and tracked else None,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             order=self.order,
             residual=residual,
             mask=mask,
@@ -243,7 +244,8 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         bias: learn a bias, if `affine`.
         channel_axis: 1, or -1 for the last axis.
         activation, order, nonfinite, correction, memory: see `tribn.functional.batch_norm`, and
-            there also `residual`, `mask` and `lengths`, which calls of the layer take.
+            there also `residual`, `mask` and `lengths`, which calls of the layer take; and
+            `activation`, for one call in place of the layer's.
         stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
             when the layer is cast, as by `.half()`; None for those that do not.
     """

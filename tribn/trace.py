@@ -1,0 +1,297 @@
+"""What the forward of a module computes, as a graph of torch.fx, where that is all it does.
+
+torch.fx runs a forward once on stand-ins for its inputs and writes down what is called. Whatever
+else the code did is lost, and whatever it decided is decided for good. `trace` therefore goes no
+further than one module's own forward, in which other modules are single calls; notes every value of
+the modules that is read, to compare before the graph is used (`Guard`); and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import operator
+import random
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, slice, range)
+_CONTAINERS = (list, tuple, set, frozenset)
+_PLAIN = (dict, list, tuple, torch.Size)
+_MACHINERY = ("torch.fx", "torch.nn.modules.module", "torch.nn.parameter", __name__)
+
+
+class Refused(Exception):
+    """Why a forward cannot be told from its trace, in words that follow its name."""
+
+
+class Guard(NamedTuple):
+    """A value that a module below, at the end of `path`, had when it was traced."""
+
+    path: tuple[str, ...]
+    name: str
+    value: Any
+
+    def holds(self, module: nn.Module) -> bool:
+        try:
+            for step in self.path:
+                module = module._modules[step]  # type: ignore[assignment]
+            value = getattr(module, self.name)
+        except (AttributeError, KeyError):
+            return False
+        if self.name == "_modules":
+            value = tuple(value)
+        return type(value) is type(self.value) and bool(value == self.value)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph whose placeholders are `arguments`; true of the module as long as guards hold."""
+
+    graph: fx.Graph
+    arguments: tuple[str, ...]
+    guards: tuple[Guard, ...]
+
+
+def trace(module: nn.Module) -> list[Trace]:
+    """The graphs of a module's forward: one, or one for training and one for evaluation.
+
+    They are for calls with every argument that has no default, and with no other.
+
+    Raises:
+        Refused: the forward does what no graph tells.
+    """
+    first = _trace_twice(module)
+    if all(guard.name != "training" for guard in first.guards):
+        return [first]
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, training in modes:
+            vars(m)["training"] = not training
+        return [first, _trace_twice(module)]
+    finally:
+        for m, training in modes:
+            vars(m)["training"] = training
+
+
+def _trace_twice(module: nn.Module) -> Trace:
+    """With gradients and without, which must not make a difference."""
+    with torch.enable_grad():
+        first = _trace(module)
+    with torch.no_grad():
+        second = _trace(module)
+    if str(first.graph) != str(second.graph):
+        raise Refused("asks whether gradients are enabled")
+    return first
+
+
+def _trace(module: nn.Module) -> Trace:
+    arguments = _arguments(type(module).forward)
+    tracer = _Tracer(arguments)
+    before = _random_states()
+    printed = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(printed),
+            _watching(tracer),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(module)
+            changed = _random_states() != before
+    except Refused:
+        raise
+    except Exception as error:  # whatever the code of the model raises when it gets a stand-in
+        reason = str(error).strip().split("\n")[0]
+        raise Refused(f"raises {type(error).__name__} when it is traced: {reason}") from error
+    finally:
+        random.setstate(before[1])
+    if tracer.refusal:  # which the forward has caught
+        raise Refused(tracer.refusal)
+    if changed:
+        raise Refused("draws random numbers")
+    if printed.getvalue():
+        raise Refused("prints")
+    guards = tuple(tracer.guards.values())
+    if not all(guard.holds(module) for guard in guards):
+        raise Refused("changes values of its own")
+    return Trace(graph, arguments, guards)
+
+
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments without default, after the module itself."""
+    if not isinstance(forward, types.FunctionType):
+        raise Refused(f"is a {type(forward).__name__}, not a function")
+    names = []
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.default is not parameter.empty or parameter.kind == parameter.VAR_KEYWORD:
+            continue
+        if parameter.kind == parameter.VAR_POSITIONAL and names:
+            continue
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            raise Refused(f"takes {str(parameter).split(':')[0]}")
+        names.append(parameter.name)
+    return tuple(names)
+
+
+def _random_states() -> tuple[bytes, Any, bytes]:
+    numpy = sys.modules.get("numpy")
+    state = b"" if numpy is None else numpy.random.get_state()[1].tobytes()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), state
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+class _Value(fx.Proxy):
+    """A stand-in that does not say what it is: a graph would keep the answer."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        if _reader().startswith(_MACHINERY):
+            return _Value
+        tracer: Any = object.__getattribute__(self, "tracer")
+        return tracer.refuse("asks for the type of a value")
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator as one call; torch.fx itself takes `a += b` for `a = a + b`."""
+
+    def call(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return call
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+
+
+def _reader() -> str:
+    """The module whose code asks."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, arguments: tuple[str, ...]) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.refusal = ""
+        self.modes = _modes()
+
+    def refuse(self, reason: str) -> NoReturn:
+        self.refusal = reason
+        raise Refused(reason)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        placeholders = [self.create_proxy("placeholder", a, (), {}) for a in self.arguments]
+        return root_fn, [self.root, *placeholders]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        path = (self.submodule_paths or {}).get(mod)
+        if not path:
+            self.refuse(f"calls a {type(mod).__name__} that is no module of its own")
+        return path
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("depends on the value or the shape of a tensor")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse("loops over a value")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        self.refuse("takes a dictionary apart")
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is _Value:
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            self.refuse("makes a tensor of its own")
+        if isinstance(a, (dict, list, tuple)) and type(a) not in _PLAIN and not hasattr(a, "_fields"):
+            self.refuse(f"makes a {type(a).__name__}")
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            self.refuse("changes a mode, such as no_grad or autocast")
+        return super().create_node(*args, **kwargs)
+
+    def note(self, module: nn.Module, name: str, value: Any) -> None:
+        """That the forward has read this value."""
+        if name == "_modules":
+            value = tuple(value)
+        elif isinstance(value, types.MethodType) or type(value) is _Value:
+            return
+        elif isinstance(value, (nn.Module, Tensor)):
+            return  # looked up again when the graph runs
+        elif not _constant(value):
+            self.refuse(f"reads {name}, a {type(value).__name__}")
+        path = (self.submodule_paths or {}).get(module)
+        if path is None:
+            self.refuse(f"reads {name} of a {type(module).__name__} that is no module of its own")
+        steps = tuple(path.split(".")) if path else ()
+        self.guards.setdefault((steps, name), Guard(steps, name, deepcopy(value)))
+
+
+def _constant(value: Any) -> bool:
+    """Whether the value can be compared, and can only be replaced if it is no container."""
+    if isinstance(value, _CONTAINERS):
+        return all(map(_constant, value))
+    if isinstance(value, dict):
+        return all(_constant(v) for item in value.items() for v in item)
+    return isinstance(value, (*_CONSTANTS, types.FunctionType, types.BuiltinFunctionType, type))
+
+
+@contextlib.contextmanager
+def _watching(tracer: _Tracer) -> Iterator[None]:
+    """Shows the tracer what is read from modules; refuses what a graph would not show."""
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if not name.startswith("__") and not _reader().startswith(_MACHINERY):
+            tracer.note(module, name, value)
+        return value
+
+    def setattribute(module: nn.Module, name: str, value: Any) -> None:
+        tracer.refuse(f"sets {name}")
+
+    def apply(*args: Any, **kwargs: Any) -> None:
+        tracer.refuse("calls an autograd function")
+
+    kept_setattr, kept_apply = nn.Module.__setattr__, vars(torch.autograd.Function)["apply"]
+    nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
+    nn.Module.__setattr__ = setattribute  # type: ignore[assignment]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = kept_setattr  # type: ignore[method-assign]
+        torch.autograd.Function.apply = kept_apply
