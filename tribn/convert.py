@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import nn
 
 from tribn.activation import of_module
-from tribn.fuse import Fusion, unfuse, watched
 from tribn.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -22,6 +21,7 @@ from tribn.nn import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    watched,
 )
 
 _OWN: dict[type[nn.Module], type[Layer]] = {
@@ -81,7 +81,9 @@ class Report:
 
 
 @overload
-def convert(model: nn.Module, *, fuse: bool = True, report: Literal[False] = False) -> nn.Module: ...
+def convert(
+    model: nn.Module, *, fuse: bool = True, report: Literal[False] = False
+) -> nn.Module: ...
 @overload
 def convert(
     model: nn.Module, *, fuse: bool = True, report: Literal[True]
@@ -117,6 +119,8 @@ def convert(
     Raises:
         TypeError: `model` is not a module.
     """
+    from tribn.fuse import Fusion, unfuse  # takes half as long to import as all the rest
+
     _check_model(model)
     unfuse(model)
     why = {layer: _problem(layer) for layer in model.modules() if _is_batch_norm(layer)}
@@ -148,18 +152,20 @@ def revert(model: nn.Module) -> nn.Module:
         TypeError: `model` is not a module.
         ValueError: a layer does what torch.nn's cannot; the model is unchanged.
     """
+    from tribn.fuse import unfuse
+
     _check_model(model)
     for name, layer in model.named_modules():
         if isinstance(layer, Layer):
             _check_revert(name or "itself", layer)
     unfuse(model)
-    for layer in _layers(model):
+    for layer in list(_layers(model)):
         cls, _, added = _origin(layer)
         for setting in (*Layer.__annotations__, *added, "_tribn_origin"):
             vars(layer).pop(setting, None)
         if added:
             del layer._buffers["num_batches_tracked"]
-        layer.__class__ = cls
+        layer.__class__ = cls  # type: ignore[assignment]
     return model
 
 

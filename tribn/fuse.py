@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import linecache
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,9 +26,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tribn.activation import KINDS, Activation, of_module
-from tribn.nn import Layer
+from tribn.nn import Layer, watched
 from tribn.trace import Guard, Refused, Trace, trace
-
 
 # What a rewritten forward calls.
 
@@ -71,21 +70,9 @@ def call(
     return rest(module(*args))
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether hooks see or change what goes into the module or comes out of it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def follows_plain(layer: Layer) -> bool:
     """Whether a residual and an activation can be fused behind what the layer does by itself."""
-    return (
-        layer.activation.name is None and layer.order == "norm_act" and layer.memory == "input"
-    )
+    return layer.activation.name is None and layer.order == "norm_act" and layer.memory == "input"
 
 
 def fusable(activation: nn.Module | Activation | None) -> Activation | None:
@@ -155,11 +142,11 @@ class Fused:
     _tribn_variants: list[Variant]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _blank, (original(type(self)),), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _blank, (original(type(self)),), *reduced[2:]
 
 
-def _blank(cls: type[nn.Module]) -> Any:
+def _blank(cls: Any) -> Any:
     fused = fused_class(cls)
     return fused.__new__(fused)
 
@@ -170,7 +157,9 @@ def original(cls: type) -> Any:
 
 
 @functools.cache
-def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+def fused_class(cls: Any) -> Any:
+    """The subclass of a module's class whose forward is that of a variant."""
+
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, tribn_then: Rest | None = None, **kwargs: Any) -> Any:
         # Part of a Sequential is one of the same class without the variants.
@@ -416,12 +405,11 @@ def _activation(module: nn.Module, node: fx.Node, z: fx.Node) -> Activation | No
         return None
     if name == "gelu" and given.pop("approximate", "none") == "tanh":
         name = "gelu_tanh"
-    values = KINDS[name].parameters | given
+    values: dict[str, Any] = KINDS[name].parameters | given
     if values.keys() != KINDS[name].parameters.keys():
         return None
-    if not all(isinstance(value, (int, float)) for value in values.values()):
-        return None
-    return Activation(name, *map(float, values.values()))
+    numbers = [float(v) for v in values.values() if isinstance(v, (int, float))]
+    return Activation(name, *numbers) if len(numbers) == len(values) else None
 
 
 def _name(module: nn.Module, node: fx.Node) -> str:
@@ -464,7 +452,9 @@ def _writes(node: fx.Node) -> bool:
     """Whether a function or method may write to what it takes."""
     name = str(getattr(node.target, "__name__", node.target))
     in_place = getattr(operator, f"__{name}__", None) is node.target and name.startswith("i")
-    return in_place or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return (
+        in_place or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    )
 
 
 def rewrite(site: Site, takes_then: bool) -> None:
@@ -488,7 +478,8 @@ def rewrite(site: Site, takes_then: bool) -> None:
         code = graph.python_code("self")
         names = {k: v for k, v in code.globals.items() if k not in _standard_names()}
         variants.append(Variant(code.src, names, traced.arguments, tuple(guards), takes_then))
-    site.module.__class__ = fused_class(type(site.module))
+    cls: Any = type(site.module)
+    site.module.__class__ = fused_class(cls)
     vars(site.module)["_tribn_variants"] = variants
 
 

@@ -39,6 +39,16 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
             setattr(module, name, old.to(new.device))
 
 
+def watched(module: torch.nn.Module) -> bool:
+    """Whether hooks see or change what goes into the module or comes out of it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class Layer(torch.nn.modules.batchnorm._BatchNorm):
     """What all batch norm layers have in common."""
 

@@ -132,7 +132,7 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments without default, after the module itself."""
     if not isinstance(forward, types.FunctionType):
         raise Refused(f"is a {type(forward).__name__}, not a function")
-    names = []
+    names: list[str] = []
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.default is not parameter.empty or parameter.kind == parameter.VAR_KEYWORD:
             continue
@@ -162,12 +162,12 @@ def _modes() -> tuple[bool, ...]:
 class _Value(fx.Proxy):
     """A stand-in that does not say what it is: a graph would keep the answer."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        if _reader().startswith(_MACHINERY):
-            return _Value
-        tracer: Any = object.__getattribute__(self, "tracer")
-        return tracer.refuse("asks for the type of a value")
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if not _reader().startswith(_MACHINERY):
+            tracer: _Tracer = object.__getattribute__(self, "tracer")
+            tracer.refuse("asks for the type of a value")
+        return _Value
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,7 +234,11 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             self.refuse("makes a tensor of its own")
-        if isinstance(a, (dict, list, tuple)) and type(a) not in _PLAIN and not hasattr(a, "_fields"):
+        if (
+            isinstance(a, (dict, list, tuple))
+            and type(a) not in _PLAIN
+            and not hasattr(a, "_fields")
+        ):
             self.refuse(f"makes a {type(a).__name__}")
         return super().create_arg(a)
 
@@ -286,12 +290,12 @@ def _watching(tracer: _Tracer) -> Iterator[None]:
         tracer.refuse("calls an autograd function")
 
     kept_setattr, kept_apply = nn.Module.__setattr__, vars(torch.autograd.Function)["apply"]
-    nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
-    nn.Module.__setattr__ = setattribute  # type: ignore[assignment]
+    nn.Module.__getattribute__ = getattribute  # type: ignore[assignment, method-assign]
+    nn.Module.__setattr__ = setattribute  # type: ignore[assignment, method-assign]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
         yield
     finally:
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = kept_setattr  # type: ignore[method-assign]
-        torch.autograd.Function.apply = kept_apply
+        torch.autograd.Function.apply = kept_apply  # type: ignore[method-assign]
