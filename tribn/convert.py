@@ -128,6 +128,9 @@ def convert(
         if not problem:
             _own(layer)
     fusion = Fusion(model if fuse else nn.Module())
+    for layer in _layers(model):
+        if layer.activation.name and not why[layer]:  # of timm's
+            fusion.fused[layer] = [str(layer.activation)]
     if not report:
         return model
     rows = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import linecache
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,8 +27,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tribn.activation import KINDS, Activation, of_module
-from tribn.nn import Layer, watched
-from tribn.trace import Guard, Refused, Trace, trace
+from tribn.nn import HOOKS, Layer, watched
+from tribn.trace import Guard, Refused, Trace, trace, watching
 
 # What a rewritten forward calls.
 
@@ -100,11 +101,13 @@ class Variant:
         source: str,
         names: dict[str, Any],
         arguments: tuple[str, ...],
+        lists: frozenset[str],
         guards: tuple[Guard, ...],
         takes_then: bool,
     ) -> None:
         self.source, self.names = source, names
-        self.arguments, self.guards, self.takes_then = arguments, guards, takes_then
+        self.arguments, self.lists = arguments, lists
+        self.guards, self.takes_then = guards, takes_then
         file = f"<tribn.fuse {hash(source):x}>"  # shown by debuggers and tracebacks
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
         scope = _standard_names() | names
@@ -117,12 +120,14 @@ class Variant:
         if len(args) + len(kwargs) != len(self.arguments) or not kwargs.keys() <= set(rest):
             return None
         values = (*args, *[kwargs[name] for name in rest])
-        if any(value is None for value in values):
-            return None
+        for name, value in zip(self.arguments, values, strict=True):
+            if value is None or (name in self.lists and type(value) is not list):
+                return None
         return values if all(guard.holds(module) for guard in self.guards) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Variant, (self.source, self.names, self.arguments, self.guards, self.takes_then)
+        guarded = (self.arguments, self.lists, self.guards)
+        return Variant, (self.source, self.names, *guarded, self.takes_then)
 
     def __deepcopy__(self, memo: Any) -> Variant:
         return self
@@ -201,7 +206,7 @@ class Chain:
     head: fx.Node
     why: str = ""  # it ends where it ends
     sum: fx.Node | None = None
-    residual: fx.Node | None = None
+    residual: int = 0  # which of its terms is the residual
     in_place: bool = False
     act: fx.Node | None = None
     activation: Activation | None = None
@@ -241,15 +246,14 @@ class Fusion:
             for module in model.modules()
             if not isinstance(module, (Layer, nn.ModuleList, nn.ModuleDict)) and _layers(module)
         ]
-        for module in reversed(containers):  # which has those inside another before it
-            try:
-                _check_class(module)
-                self.look(module, trace(module))
-            except Refused as refusal:
-                reason = f"{type(module).__name__}.forward {refusal}"
-                for layer in _layers(module):
-                    if layer not in self.fused and layer not in self.why:
-                        self.why[layer] = reason
+        with watching():
+            for module in reversed(containers):  # which has those inside another before it
+                try:
+                    _check_class(module)
+                    self.look(module, trace(module))
+                except Refused as refusal:
+                    for layer in _layers(module):
+                        self.why.setdefault(layer, f"{type(module).__name__}.forward {refusal}")
         wanted: set[nn.Module] = set()  # whose calls get a rest
         for site in self.sites.values():
             for chains in site.chains:
@@ -271,9 +275,10 @@ class Fusion:
         self.sites[module] = site
         for chains in site.chains:
             for chain in chains:
+                into = chain.parts
                 for layer in self.ends(_called(module, chain.head)):
-                    if chain.parts and chain.parts not in self.fused.setdefault(layer, []):
-                        self.fused[layer].append(chain.parts)
+                    if into and into not in self.fused.setdefault(layer, []):
+                        self.fused[layer].append(into)
                     self.why[layer] = chain.why
         tails = [chain for chains in site.chains for chain in chains if chain.returned]
         kinds = {"sum" if c.sum else self.kind(_called(module, c.head)) for c in tails}
@@ -310,14 +315,14 @@ class Fusion:
         heads.reverse()
         heads.sort(key=lambda node: not isinstance(_called(module, node), Layer))
         taken: set[fx.Node | None] = set()
-        chains = []
+        chains = {}
         for head in heads:
             chain = self.chain(module, head, taken)
             if not _can_wait(module, chain):
                 chain = Chain(head, why="what is computed in between may change what goes in")
             taken.add(chain.sum)
-            chains.append(chain)
-        return chains
+            chains[head] = chain
+        return [chains[node] for node in graph.nodes if node in chains]
 
     def chain(self, module: nn.Module, head: fx.Node, taken: set[fx.Node | None]) -> Chain:
         chain = Chain(head)
@@ -334,14 +339,15 @@ class Fusion:
                 return chain
             if _is_identity(module, user):
                 chain.identities.append(user)
-            elif kind == "norm" and user not in taken and (residual := _residual(user, node)):
-                chain.sum, chain.residual, kind = user, residual, "sum"
+            elif kind == "norm" and user not in taken and _is_sum(user, node):
+                chain.sum, chain.residual, kind = user, int(user.args[0] is node), "sum"
                 chain.in_place = _SUMS[user.target]
             elif activation := _activation(module, user, node):
                 chain.act, chain.activation, chain.why = user, activation, ""
                 return chain
             else:
-                chain.why = f"followed by {_name(module, user)}"
+                taken_by = "it is the residual of another" if user in taken else ""
+                chain.why = taken_by or f"followed by {_name(module, user)}"
                 return chain
             node = user
 
@@ -375,17 +381,19 @@ def _is_identity(module: nn.Module, node: fx.Node) -> bool:
     return type(called) is nn.Identity and not watched(called)
 
 
-def _residual(node: fx.Node, y: fx.Node) -> fx.Node | None:
-    """The other of two terms, if the node is their sum and can be written over y at most."""
+def _is_sum(node: fx.Node, y: fx.Node) -> bool:
+    """Whether the node is y and something else, and is written over y if over anything."""
     if node.op not in ("call_function", "call_method") or node.target not in _SUMS:
-        return None
+        return False
     if len(node.args) != 2 or not node.kwargs.items() <= {"alpha": 1}.items():
-        return None
+        return False
     first, second = node.args
     other = second if first is y else first
-    if other is y or (first is not y and _SUMS[node.target]) or not isinstance(other, fx.Node):
-        return None
-    return other
+    return (
+        isinstance(other, fx.Node)
+        and other is not y
+        and not (first is other and _SUMS[node.target])
+    )
 
 
 def _activation(module: nn.Module, node: fx.Node, z: fx.Node) -> Activation | None:
@@ -474,10 +482,12 @@ def rewrite(site: Site, takes_then: bool) -> None:
                 _fuse(graph, chain, last)
                 for node in chain.identities:
                     path = tuple(str(node.target).split("."))
-                    guards += [Guard(path, "__class__", nn.Identity)]
+                    guards.append(Guard(path, "__class__", nn.Identity))
+                    guards += [Guard(path, hooks, OrderedDict()) for hooks in HOOKS]
         code = graph.python_code("self")
         names = {k: v for k, v in code.globals.items() if k not in _standard_names()}
-        variants.append(Variant(code.src, names, traced.arguments, tuple(guards), takes_then))
+        guarded = (traced.arguments, traced.lists, tuple(guards))
+        variants.append(Variant(code.src, names, *guarded, takes_then))
     cls: Any = type(site.module)
     site.module.__class__ = fused_class(cls)
     vars(site.module)["_tribn_variants"] = variants
@@ -491,7 +501,8 @@ def _fuse(graph: fx.Graph, chain: Chain, then: fx.Node | None) -> None:
         act: Any = chain.activation
         if chain.act and chain.act.op == "call_module":
             act = graph.create_node("get_attr", chain.act.target)
-        args = (module, chain.head.args, act, chain.residual, chain.in_place, then)
+        residual = chain.sum.args[chain.residual] if chain.sum else None
+        args = (module, chain.head.args, act, residual, chain.in_place, then)
         fused = graph.call_function(call, args)
     end.replace_all_uses_with(fused)
     gone = {chain.head, chain.sum, chain.act, *chain.identities}

@@ -39,14 +39,12 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
             setattr(module, name, old.to(new.device))
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def watched(module: torch.nn.Module) -> bool:
     """Whether hooks see or change what goes into the module or comes out of it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 class Layer(torch.nn.modules.batchnorm._BatchNorm):

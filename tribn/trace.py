@@ -9,6 +9,7 @@ the modules that is read, to compare before the graph is used (`Guard`); and ref
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import operator
@@ -59,39 +60,30 @@ class Trace:
 
     graph: fx.Graph
     arguments: tuple[str, ...]
+    lists: frozenset[str]  # those that must be lists
     guards: tuple[Guard, ...]
 
 
 def trace(module: nn.Module) -> list[Trace]:
     """The graphs of a module's forward: one, or one for training and one for evaluation.
 
-    They are for calls with every argument that has no default, and with no other.
+    They are for calls with every argument that has no default, and no other. Call it within
+    `watching`.
 
     Raises:
         Refused: the forward does what no graph tells.
     """
-    first = _trace_twice(module)
+    first = _trace(module)
     if all(guard.name != "training" for guard in first.guards):
         return [first]
     modes = [(m, m.training) for m in module.modules()]
     try:
         for m, training in modes:
             vars(m)["training"] = not training
-        return [first, _trace_twice(module)]
+        return [first, _trace(module)]
     finally:
         for m, training in modes:
             vars(m)["training"] = training
-
-
-def _trace_twice(module: nn.Module) -> Trace:
-    """With gradients and without, which must not make a difference."""
-    with torch.enable_grad():
-        first = _trace(module)
-    with torch.no_grad():
-        second = _trace(module)
-    if str(first.graph) != str(second.graph):
-        raise Refused("asks whether gradients are enabled")
-    return first
 
 
 def _trace(module: nn.Module) -> Trace:
@@ -99,11 +91,11 @@ def _trace(module: nn.Module) -> Trace:
     tracer = _Tracer(arguments)
     before = _random_states()
     printed = io.StringIO()
+    _running.append(tracer)
     try:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(printed),
-            _watching(tracer),
             torch.random.fork_rng(devices=[]),
         ):
             warnings.simplefilter("ignore")
@@ -115,6 +107,7 @@ def _trace(module: nn.Module) -> Trace:
         reason = str(error).strip().split("\n")[0]
         raise Refused(f"raises {type(error).__name__} when it is traced: {reason}") from error
     finally:
+        _running.remove(tracer)
         random.setstate(before[1])
     if tracer.refusal:  # which the forward has caught
         raise Refused(tracer.refusal)
@@ -125,7 +118,7 @@ def _trace(module: nn.Module) -> Trace:
     guards = tuple(tracer.guards.values())
     if not all(guard.holds(module) for guard in guards):
         raise Refused("changes values of its own")
-    return Trace(graph, arguments, guards)
+    return Trace(graph, arguments, frozenset(tracer.lists), guards)
 
 
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -150,9 +143,12 @@ def _random_states() -> tuple[bytes, Any, bytes]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), state
 
 
+_grad = torch.is_grad_enabled
+
+
 def _modes() -> tuple[bool, ...]:
     return (
-        torch.is_grad_enabled(),
+        _grad(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
@@ -160,13 +156,20 @@ def _modes() -> tuple[bool, ...]:
 
 
 class _Value(fx.Proxy):
-    """A stand-in that does not say what it is: a graph would keep the answer."""
+    """A stand-in that does not say what it is, as the graph would keep the answer.
+
+    Except that an argument is a list if somebody asks, torch.cat included. It cannot be a tensor:
+    torch would look for one behind it.
+    """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         if not _reader().startswith(_MACHINERY):
-            tracer: _Tracer = object.__getattribute__(self, "tracer")
-            tracer.refuse("asks for the type of a value")
+            tracer: Any = self.tracer
+            if self.node.op != "placeholder":
+                tracer.refuse("asks for the type of a value")
+            tracer.lists.add(self.node.target)
+            return list
         return _Value
 
 
@@ -195,6 +198,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.lists: set[str] = set()
         self.refusal = ""
         self.modes = _modes()
 
@@ -273,29 +277,49 @@ def _constant(value: Any) -> bool:
     return isinstance(value, (*_CONSTANTS, types.FunctionType, types.BuiltinFunctionType, type))
 
 
+# What the machinery of nn.Module does not tell, where a forward is traced.
+
+_running: list[_Tracer] = []
+
+
 @contextlib.contextmanager
-def _watching(tracer: _Tracer) -> Iterator[None]:
-    """Shows the tracer what is read from modules; refuses what a graph would not show."""
+def watching() -> Iterator[None]:
+    """Shows the tracer what is read from modules, and refuses what a graph would not show.
+
+    Around many traces: a change of nn.Module makes Python forget what it found in its subclasses.
+    """
 
     def getattribute(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        if not name.startswith("__") and not _reader().startswith(_MACHINERY):
-            tracer.note(module, name, value)
+        if _running and not name.startswith("__") and not _reader().startswith(_MACHINERY):
+            _running[-1].note(module, name, value)
         return value
 
-    def setattribute(module: nn.Module, name: str, value: Any) -> None:
-        tracer.refuse(f"sets {name}")
+    def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if _running:
+                _running[-1].refuse(reason)
+            return function(*args, **kwargs)
 
-    def apply(*args: Any, **kwargs: Any) -> None:
-        tracer.refuse("calls an autograd function")
+        return refuse
 
-    kept_setattr, kept_apply = nn.Module.__setattr__, vars(torch.autograd.Function)["apply"]
+    apply = torch.autograd.Function.__dict__["apply"]
+    changes: list[tuple[Any, str, Any]] = [
+        (nn.Module, "__setattr__", refusing(nn.Module.__setattr__, "sets an attribute")),
+        (
+            *(torch.autograd.Function, "apply"),
+            classmethod(refusing(apply.__func__, "calls an autograd function")),
+        ),
+        (torch, "is_grad_enabled", refusing(_grad, "asks whether gradients are enabled")),
+    ]
+    kept = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
     nn.Module.__getattribute__ = getattribute  # type: ignore[assignment, method-assign]
-    nn.Module.__setattr__ = setattribute  # type: ignore[assignment, method-assign]
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
         yield
     finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
         del nn.Module.__getattribute__
-        nn.Module.__setattr__ = kept_setattr  # type: ignore[method-assign]
-        torch.autograd.Function.apply = kept_apply  # type: ignore[method-assign]
