@@ -544,27 +544,34 @@ def test_part_of_a_sequential_and_a_longer_one_are_what_they_say(calls):
 
 
 def test_arguments_with_defaults_and_keywords(calls):
-    def forward(self, x, y=None, *, scale=1):
+    def forward(self, x, scale=1, y=None, *, shift=None):
         z = self.bn(self.conv(x))
         if y is not None:
-            z = z * y
-        return self.relu(z) * scale
+            z = z + y
+        z = self.relu(z) * scale
+        return z if shift is None else z + shift
 
     model, into = convert(net(forward).eval())
-    assert into == {"bn": "relu"}
+    assert into == {"bn": "relu; residual, relu"}
     z = model.bn(model.conv(X))
-    del calls[:]
-    torch.testing.assert_close(model(X), F.relu(z))
-    torch.testing.assert_close(model(x=X), F.relu(z))
-    assert calls == [("relu", False)] * 2
-    torch.testing.assert_close(model(X, X), F.relu(z * X))
-    torch.testing.assert_close(model(X, y=X, scale=2), F.relu(z * X) * 2)
-    torch.testing.assert_close(model(X, scale=3), F.relu(z) * 3)
-    assert calls[2:] == [(None, False)] * 3
-    with pytest.raises(TypeError, match="positional argument"):
-        model()
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        model(X, wrong=1)
+    fused, added, plain = ("relu", False), ("relu", True), (None, False)
+    for args, options, y, call in (
+        ((X,), {}, F.relu(z), fused),
+        ((), {"x": X}, F.relu(z), fused),
+        ((X,), {"y": None}, F.relu(z), fused),
+        ((X,), {"y": X}, F.relu(z + X), added),
+        ((), {"y": X, "x": X}, F.relu(z + X), added),
+        ((X, 1, None), {}, F.relu(z), plain),
+        ((X, 2, X), {}, F.relu(z + X) * 2, plain),
+        ((X,), {"scale": 3}, F.relu(z) * 3, plain),
+        ((X,), {"shift": 1}, F.relu(z) + 1, plain),
+    ):
+        del calls[:]
+        torch.testing.assert_close(model(*args, **options), y)
+        assert calls == [call], (args, options)
+    for args, options in (((), {}), ((X,), {"wrong": 1}), ((X,), {"x": X}), ((X, 1, X, 1), {})):
+        with pytest.raises(TypeError, match="argument"):
+            model(*args, **options)
 
 
 def test_an_argument_whose_type_is_asked_for_is_a_list(calls):
@@ -722,8 +729,8 @@ def test_export():
 
 def test_the_code_is_shown_in_tracebacks():
     model = tribn.convert(nn.Sequential(*conv_bn(), nn.ReLU()))
+    model[0] = nn.Identity()
     with pytest.raises(ValueError, match="expected 4D input") as error:
-        model[0] = nn.Identity()
         model(torch.zeros(2, 3))
     (entry,) = (e for e in error.traceback if "tribn.fuse" in str(e.path))
     assert "call" in str(entry.statement)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from tribn.activation import KINDS, Activation, of_module
 from tribn.nn import HOOKS, Layer, watched
-from tribn.trace import Guard, Refused, Trace, trace, watching
+from tribn.trace import Arguments, Guard, Refused, Trace, trace, watching
 
 # What a rewritten forward calls.
 
@@ -100,13 +100,11 @@ class Variant:
         self,
         source: str,
         names: dict[str, Any],
-        arguments: tuple[str, ...],
-        lists: frozenset[str],
+        arguments: Arguments,
         guards: tuple[Guard, ...],
         takes_then: bool,
     ) -> None:
-        self.source, self.names = source, names
-        self.arguments, self.lists = arguments, lists
+        self.source, self.names, self.arguments = source, names, arguments
         self.guards, self.takes_then = guards, takes_then
         file = f"<tribn.fuse {hash(source):x}>"  # shown by debuggers and tracebacks
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -114,20 +112,8 @@ class Variant:
         exec(compile(source, file, "exec"), scope)
         self.forward = scope["forward"]
 
-    def bind(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The arguments in their order, if they are such and the guards hold."""
-        rest = self.arguments[len(args) :]
-        if len(args) + len(kwargs) != len(self.arguments) or not kwargs.keys() <= set(rest):
-            return None
-        values = (*args, *[kwargs[name] for name in rest])
-        for name, value in zip(self.arguments, values, strict=True):
-            if value is None or (name in self.lists and type(value) is not list):
-                return None
-        return values if all(guard.holds(module) for guard in self.guards) else None
-
     def __reduce__(self) -> tuple[Any, ...]:
-        guarded = (self.arguments, self.lists, self.guards)
-        return Variant, (self.source, self.names, *guarded, self.takes_then)
+        return Variant, (self.source, self.names, self.arguments, self.guards, self.takes_then)
 
     def __deepcopy__(self, memo: Any) -> Variant:
         return self
@@ -170,8 +156,8 @@ def fused_class(cls: Any) -> Any:
         # Part of a Sequential is one of the same class without the variants.
         for variant in vars(self).get("_tribn_variants", ()):
             if tribn_then is None or variant.takes_then:
-                values = variant.bind(self, args, kwargs)
-                if values is not None:
+                values = variant.arguments.bind(args, kwargs)
+                if values is not None and all(guard.holds(self) for guard in variant.guards):
                     then = (tribn_then,) if variant.takes_then else ()
                     return variant.forward(self, *values, *then)
         y = cls.forward(self, *args, **kwargs)
@@ -486,8 +472,7 @@ def rewrite(site: Site, takes_then: bool) -> None:
                     guards += [Guard(path, hooks, OrderedDict()) for hooks in HOOKS]
         code = graph.python_code("self")
         names = {k: v for k, v in code.globals.items() if k not in _standard_names()}
-        guarded = (traced.arguments, traced.lists, tuple(guards))
-        variants.append(Variant(code.src, names, *guarded, takes_then))
+        variants.append(Variant(code.src, names, traced.arguments, tuple(guards), takes_then))
     cls: Any = type(site.module)
     site.module.__class__ = fused_class(cls)
     vars(site.module)["_tribn_variants"] = variants

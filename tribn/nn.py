@@ -176,8 +176,12 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         _restore(self, kept)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.running_mean is not None and self.num_batches_tracked is None:
+            state_dict.pop(f"{prefix}num_batches_tracked", None)  # torchvision's frozen ones do so
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, statistic in self._kept().items():  # loading may put others in their place
             self._buffers[name] = statistic.to(self.stats_dtype)
 

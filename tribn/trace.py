@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 class Guard(NamedTuple):
-    """A value that a module below, at the end of `path`, had when it was traced."""
+    """What a module below, at the end of `path`, had under a name, dotted or not, when traced."""
 
     path: tuple[str, ...]
     name: str
@@ -46,7 +46,7 @@ class Guard(NamedTuple):
         try:
             for step in self.path:
                 module = module._modules[step]  # type: ignore[assignment]
-            value = getattr(module, self.name)
+            value = operator.attrgetter(self.name)(module)
         except (AttributeError, KeyError):
             return False
         if self.name == "_modules":
@@ -54,53 +54,81 @@ class Guard(NamedTuple):
         return type(value) is type(self.value) and bool(value == self.value)
 
 
+class Arguments(NamedTuple):
+    """What a forward is called with: values for those `given`, and None or nothing for others."""
+
+    names: tuple[str, ...]  # all that have a position
+    given: tuple[str, ...]
+    absent: frozenset[str]  # those for which None is nothing
+    lists: frozenset[str] = frozenset()  # those that are lists
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The values of those given; None for another call."""
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        if len(values) != len(args) + len(kwargs):
+            return None
+        values = {n: v for n, v in values.items() if v is not None or n not in self.absent}
+        if values.keys() != set(self.given):
+            return None
+        for name, value in values.items():
+            if value is None or (name in self.lists and type(value) is not list):
+                return None
+        return tuple(values[name] for name in self.given)
+
+
 @dataclass(frozen=True)
 class Trace:
-    """A graph whose placeholders are `arguments`; true of the module as long as guards hold."""
+    """A graph whose placeholders are the arguments given, in a call while the guards hold."""
 
     graph: fx.Graph
-    arguments: tuple[str, ...]
-    lists: frozenset[str]  # those that must be lists
+    arguments: Arguments
     guards: tuple[Guard, ...]
 
 
 def trace(module: nn.Module) -> list[Trace]:
-    """The graphs of a module's forward: one, or one for training and one for evaluation.
+    """The graphs of a module's forward, in training and evaluation if it asks for the mode.
 
-    They are for calls with every argument that has no default, and no other. Call it within
-    `watching`.
+    They are for calls with the arguments that have no default, and for calls with those besides
+    whose default is None, where that can be told. Call it within `watching`.
 
     Raises:
         Refused: the forward does what no graph tells.
     """
-    first = _trace(module)
+    required, *more = _arguments(type(module).forward)
+    traces = _trace_modes(module, required)
+    for arguments in more:
+        with contextlib.suppress(Refused):
+            traces += _trace_modes(module, arguments)
+    return traces
+
+
+def _trace_modes(module: nn.Module, arguments: Arguments) -> list[Trace]:
+    first = _trace(module, arguments)
     if all(guard.name != "training" for guard in first.guards):
         return [first]
     modes = [(m, m.training) for m in module.modules()]
     try:
         for m, training in modes:
             vars(m)["training"] = not training
-        return [first, _trace(module)]
+        return [first, _trace(module, arguments)]
     finally:
         for m, training in modes:
             vars(m)["training"] = training
 
 
-def _trace(module: nn.Module) -> Trace:
-    arguments = _arguments(type(module).forward)
+def _trace(module: nn.Module, arguments: Arguments) -> Trace:
     tracer = _Tracer(arguments)
-    before = _random_states()
     printed = io.StringIO()
     _running.append(tracer)
     try:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(printed),
-            torch.random.fork_rng(devices=[]),
+            _without_randomness(),
         ):
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
-            changed = _random_states() != before
+            next(iter(reversed(graph.nodes))).type = None  # an annotation is no part of it
     except Refused:
         raise
     except Exception as error:  # whatever the code of the model raises when it gets a stand-in
@@ -108,39 +136,51 @@ def _trace(module: nn.Module) -> Trace:
         raise Refused(f"raises {type(error).__name__} when it is traced: {reason}") from error
     finally:
         _running.remove(tracer)
-        random.setstate(before[1])
     if tracer.refusal:  # which the forward has caught
         raise Refused(tracer.refusal)
-    if changed:
-        raise Refused("draws random numbers")
     if printed.getvalue():
         raise Refused("prints")
     guards = tuple(tracer.guards.values())
     if not all(guard.holds(module) for guard in guards):
         raise Refused("changes values of its own")
-    return Trace(graph, arguments, frozenset(tracer.lists), guards)
+    return Trace(graph, arguments._replace(lists=frozenset(tracer.lists)), guards)
 
 
-def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The arguments without default, after the module itself."""
+def _arguments(forward: Callable[..., Any]) -> list[Arguments]:
+    """Of calls with what has no default, and with what may be None besides."""
     if not isinstance(forward, types.FunctionType):
         raise Refused(f"is a {type(forward).__name__}, not a function")
-    names: list[str] = []
-    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
-        if parameter.default is not parameter.empty or parameter.kind == parameter.VAR_KEYWORD:
-            continue
-        if parameter.kind == parameter.VAR_POSITIONAL and names:
-            continue
-        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            raise Refused(f"takes {str(parameter).split(':')[0]}")
-        names.append(parameter.name)
-    return tuple(names)
+    names, required, optional = [], [], []
+    for p in list(inspect.signature(forward).parameters.values())[1:]:
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            names.append(p.name)
+            if p.default is p.empty:
+                required.append(p.name)
+            elif p.default is None and p.kind == p.POSITIONAL_OR_KEYWORD:
+                optional.append(p.name)
+        elif p.kind == p.KEYWORD_ONLY and p.default is p.empty:
+            raise Refused(f"takes {p.name} by name alone")
+        elif p.kind == p.VAR_POSITIONAL and not required:
+            raise Refused(f"takes *{p.name}")
+    calls = [required, required + optional] if optional else [required]
+    return [Arguments(tuple(names), tuple(c), frozenset(optional) - set(c)) for c in calls]
 
 
-def _random_states() -> tuple[bytes, Any, bytes]:
-    numpy = sys.modules.get("numpy")
-    state = b"" if numpy is None else numpy.random.get_state()[1].tobytes()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), state
+@contextlib.contextmanager
+def _without_randomness() -> Iterator[None]:
+    """Refuses code that draws random numbers, and gives the generators their states back."""
+    numpy: Any = sys.modules.get("numpy")
+    state = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+        drawn = not torch.equal(torch.get_rng_state(), state[0]) or random.getstate() != state[1]
+        if drawn or (numpy and numpy.random.get_state()[2:] != state[2][2:]):
+            raise Refused("draws random numbers")
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        if numpy:
+            numpy.random.set_state(state[2])
 
 
 _grad = torch.is_grad_enabled
@@ -194,7 +234,7 @@ def _reader() -> str:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: tuple[str, ...]) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         super().__init__()
         self.arguments = arguments
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
@@ -209,8 +249,15 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        placeholders = [self.create_proxy("placeholder", a, (), {}) for a in self.arguments]
-        return root_fn, [self.root, *placeholders]
+        names, given, _, _ = self.arguments
+        values = [self.create_proxy("placeholder", name, (), {}) for name in given]
+        n = sum(given[: i + 1] == names[: i + 1] for i in range(len(given)))  # by position
+
+        def forward(module: nn.Module, *values: Any) -> Any:
+            named = dict(zip(given[n:], values[n:], strict=True))
+            return root_fn(module, *values[:n], **named)
+
+        return forward, [self.root, *values]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -251,21 +298,39 @@ class _Tracer(fx.Tracer):
             self.refuse("changes a mode, such as no_grad or autocast")
         return super().create_node(*args, **kwargs)
 
-    def note(self, module: nn.Module, name: str, value: Any) -> None:
-        """That the forward has read this value."""
-        if name == "_modules":
-            value = tuple(value)
-        elif isinstance(value, types.MethodType) or type(value) is _Value:
-            return
-        elif isinstance(value, (nn.Module, Tensor)):
-            return  # looked up again when the graph runs
-        elif not _constant(value):
-            self.refuse(f"reads {name}, a {type(value).__name__}")
+    def note(self, module: nn.Module, name: str, value: Any) -> Any:
+        """What the forward reads: the value, once it has been written down."""
+        if isinstance(value, types.MethodType) or type(value) is _Value:
+            return value
+        if isinstance(value, (nn.Module, Tensor)):
+            return value  # looked up again when the graph runs
+        if name != "_modules" and not _constant(value):
+            return _Settings(self, module, name, value)
         path = (self.submodule_paths or {}).get(module)
         if path is None:
             self.refuse(f"reads {name} of a {type(module).__name__} that is no module of its own")
         steps = tuple(path.split(".")) if path else ()
-        self.guards.setdefault((steps, name), Guard(steps, name, deepcopy(value)))
+        seen = tuple(value) if name == "_modules" else deepcopy(value)
+        self.guards.setdefault((steps, name), Guard(steps, name, seen))
+        return value
+
+
+class _Settings:
+    """An object that a module has, such as a configuration, of which values are read."""
+
+    def __init__(self, tracer: _Tracer, module: nn.Module, name: str, value: Any) -> None:
+        self.__dict__["_read"] = tracer, module, name, value
+
+    def __getattr__(self, name: str) -> Any:
+        tracer, module, path, value = self.__dict__["_read"]
+        found = getattr(value, name)
+        if not _constant(found):
+            tracer.refuse(f"reads {path}.{name}, a {type(found).__name__}")
+        return tracer.note(module, f"{path}.{name}", found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        tracer, _, path, _ = self.__dict__["_read"]
+        tracer.refuse(f"sets {path}.{name}")
 
 
 def _constant(value: Any) -> bool:
@@ -292,13 +357,13 @@ def watching() -> Iterator[None]:
     def getattribute(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
         if _running and not name.startswith("__") and not _reader().startswith(_MACHINERY):
-            _running[-1].note(module, name, value)
+            return _running[-1].note(module, name, value)
         return value
 
     def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
         @functools.wraps(function)
         def refuse(*args: Any, **kwargs: Any) -> Any:
-            if _running:
+            if _running and not _reader().startswith("torch.autograd"):  # as no_grad asks
                 _running[-1].refuse(reason)
             return function(*args, **kwargs)
 
