@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections import Counter
 
 import pytest
@@ -608,6 +609,94 @@ def test_what_forward_returns_is_what_it_returned(wrap):
     y = model(X)
     assert type(y) is type(expected)
     torch.testing.assert_close(y, expected)
+
+
+class Sealed(type(nn.Module)):
+    """A metaclass whose classes have no subclasses."""
+
+    def __new__(mcs, name, bases, names):
+        if any(isinstance(base, mcs) for base in bases):
+            raise TypeError("sealed")
+        return super().__new__(mcs, name, bases, names)
+
+
+class Final(nn.Module, metaclass=Sealed):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.bn(x))
+
+
+class Reduces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.bn(x))
+
+    def __reduce__(self):
+        return Reduces, ()
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def __call__(self, x):
+        return F.relu(self.bn(x))
+
+
+def with_forward():
+    model = net(lambda self, x: F.relu(self.bn(x)))
+    model.forward = lambda x: torch.tanh(model.bn(x))
+    return model
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        return nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())), nn.BatchNorm2d(3))
+
+
+KEPT = {
+    "Final.forward belongs to a class that cannot be extended: sealed": Final,
+    "Reduces.forward belongs to a class that pickles or copies itself": Reduces,
+    "Calls.forward is not what is called": Calls,
+    "Net.forward was replaced in this module": with_forward,
+    "Sequential.forward returns it": scripted,
+    "Net.forward takes *x": lambda: net(lambda self, *x: F.relu(self.bn(x[0]))),
+    "Net.forward depends on the value or the shape of a tensor": lambda: net(
+        lambda self, x: F.relu(self.bn(x)) if x.ndim == 4 else x
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", KEPT)
+def test_modules_that_cannot_be_told_run_as_they_are(reason, calls, recwarn):
+    model = KEPT[reason]().eval()
+    expected, cls = model(X), type(model)
+    assert why(model) == reason
+    assert type(model) is cls
+    torch.testing.assert_close(model(X), expected)
+    assert calls == [(None, False)]
+    assert not recwarn.list
+
+
+def test_parts_of_a_module_that_cannot_be_told_are_fused(calls):
+    def forward(self, *inputs, **options):
+        y = self.part(inputs[0] if options["first"] else inputs[1])
+        return {"y": y, "several": [y.item() if y.numel() == 1 else y]}
+
+    model = net(forward, part=nn.Sequential(*conv_bn(), nn.ReLU())).eval()
+    expected = model(X, "text", first=True)
+    model, into = convert(model)
+    assert into == {"part.1": "relu"}
+    torch.testing.assert_close(model(X, "text", first=True), expected)
+    assert calls == [("relu", False)]
 
 
 # What converted modules are

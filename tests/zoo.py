@@ -118,88 +118,125 @@ class Row(NamedTuple):
     left: int = 0
 
 
+# Three of them counted by hand:
+# - resnet18 has one layer in the stem and two in each of eight blocks, all followed by relu, and the
+#   second by a sum before; and three in shortcuts, which are what is added.
+# - mobilenet_v2 has relu6 after the stem, the last layer, each of the 17 in the middle of a block
+#   and 16 that expand; ten of the 17 that end a block are added to its input, and seven are not.
+# - transformers' resnet has relu after the stem and after three in each of five blocks, the last of
+#   them with a sum; three of the blocks change size and have a layer in their shortcut.
 ZOO = {
-    "torchvision resnet18": Row(torchvision("resnet18"), images(8), 0, 0),
-    "torchvision mobilenet_v2": Row(torchvision("mobilenet_v2"), images(), 0, 0),
-    "torchvision mobilenet_v3_small": Row(torchvision("mobilenet_v3_small"), images(), 0, 0),
+    "torchvision resnet18": Row(torchvision("resnet18"), images(8), 20, 17),
+    "torchvision mobilenet_v2": Row(torchvision("mobilenet_v2"), images(), 52, 45),
+    "torchvision mobilenet_v3_small": Row(torchvision("mobilenet_v3_small"), images(), 34, 29),
     "torchvision densenet": Row(
-        lambda: module("torchvision.models").DenseNet(8, (2, 3), 16), images(), 0, 0
+        lambda: module("torchvision.models").DenseNet(8, (2, 3), 16), images(), 13, 13
     ),
-    "torchvision googlenet": Row(torchvision("googlenet", init_weights=False), images(), 0, 0),
-    "torchvision shufflenet": Row(torchvision("shufflenet_v2_x0_5"), images(8), 0, 0),
-    "torchvision efficientnet_b0": Row(torchvision("efficientnet_b0"), images(), 0, 0),
-    "torchvision regnet": Row(torchvision("regnet_y_400mf"), images(), 0, 0),
-    "torchvision mnasnet": Row(torchvision("mnasnet0_5"), images(8), 0, 0),
-    "pytorchcv resnet": Row(pytorchcv("resnet20_cifar10"), images(4, 32), 0, 0),
-    "pytorchcv preresnet": Row(pytorchcv("preresnet20_cifar10"), images(4, 32), 0, 0),
-    "pytorchcv seresnet": Row(pytorchcv("seresnet20_cifar10"), images(4, 32), 0, 0),
-    "pytorchcv densenet": Row(pytorchcv("densenet40_k12_cifar10"), images(4, 32), 0, 0),
-    "pytorchcv diaresnet": Row(pytorchcv("diaresnet20_cifar10"), images(4, 32), 0, 0),
-    "pytorchcv shakeshake": Row(pytorchcv("shakeshakeresnet20_2x16d_cifar10"), images(4, 32), 0, 0),
-    "timm resnet": Row(timm("resnet10t"), images(8), 0, 0),
-    "timm efficientnet": Row(timm("test_efficientnet"), images(8), 0, 0),
-    "timm byobnet": Row(timm("test_byobnet"), images(8), 0, 0),
-    "timm mobilenetv3": Row(timm("mobilenetv3_small_050"), images(8), 0, 0),
-    "timm regnet": Row(timm("regnetx_002"), images(8), 0, 0),
-    "timm dla": Row(timm("dla46_c"), images(8), 0, 0),
-    "timm ghostnet": Row(timm("ghostnet_050"), images(8), 0, 0),
-    "timm repvgg": Row(timm("repvgg_a0"), images(4), 0, 0),
-    "timm densenet": Row(timm("densenet121", block_config=(2, 3), growth_rate=8), images(), 0, 0),
-    "timm hrnet": Row(timm("hrnet_w18_small"), images(), 0, 0),
+    "torchvision googlenet": Row(torchvision("googlenet", init_weights=False), images(), 59, 59),
+    "torchvision shufflenet": Row(torchvision("shufflenet_v2_x0_5"), images(8), 56, 37),
+    "torchvision efficientnet_b0": Row(torchvision("efficientnet_b0"), images(), 49, 33),
+    "torchvision regnet": Row(torchvision("regnet_y_400mf"), images(), 53, 49),
+    "torchvision mnasnet": Row(torchvision("mnasnet0_5"), images(8), 52, 45),
+    "pytorchcv resnet": Row(pytorchcv("resnet20_cifar10"), images(4, 32), 21, 19),
+    "pytorchcv preresnet": Row(pytorchcv("preresnet20_cifar10"), images(4, 32), 19, 19),
+    "pytorchcv seresnet": Row(pytorchcv("seresnet20_cifar10"), images(4, 32), 21, 10),
+    "pytorchcv densenet": Row(pytorchcv("densenet40_k12_cifar10"), images(4, 32), 39, 39),
+    "pytorchcv diaresnet": Row(pytorchcv("diaresnet20_cifar10"), images(4, 32), 21, 10),
+    "pytorchcv shakeshake": Row(
+        pytorchcv("shakeshakeresnet20_2x16d_cifar10"), images(4, 32), 39, 19
+    ),
+    "timm resnet": Row(timm("resnet10t"), images(8), 14, 11),
+    "timm efficientnet": Row(timm("test_efficientnet"), images(8), 13, 9),
+    "timm byobnet": Row(timm("test_byobnet"), images(8), 14, 10),
+    "timm mobilenetv3": Row(timm("mobilenetv3_small_050"), images(8), 34, 30),
+    "timm regnet": Row(timm("regnetx_002"), images(8), 44, 40),
+    "timm dla": Row(timm("dla46_c"), images(8), 48, 45),
+    "timm ghostnet": Row(timm("ghostnet_050"), images(8), 80, 34),
+    "timm repvgg": Row(timm("repvgg_a0"), images(4), 61, 22),
+    "timm densenet": Row(timm("densenet121", block_config=(2, 3), growth_rate=8), images(), 13, 13),
+    "timm hrnet": Row(timm("hrnet_w18_small"), images(), 91, 64),
     "transformers resnet": Row(
         transformers(
             *("ResNetConfig", "ResNetForImageClassification"),
-            **{"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 2, 1, 1]},
+            embedding_size=16,
+            hidden_sizes=[16, 32, 64, 64],
+            depths=[1, 2, 1, 1],
         ),
-        *(images(8), 0, 0),
+        *(images(8), 19, 16),
     ),
     "transformers regnet": Row(
         transformers(
             *("RegNetConfig", "RegNetForImageClassification"),
-            **{"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 2, 1, 1]},
+            embedding_size=16,
+            hidden_sizes=[16, 32, 64, 64],
+            depths=[1, 2, 1, 1],
             groups_width=16,
         ),
-        *(images(8), 0, 0),
+        *(images(8), 20, 16),
     ),
     "transformers mobilenet_v1": Row(
-        transformers("MobileNetV1Config", "MobileNetV1ForImageClassification"), images(8), 0, 0
+        transformers("MobileNetV1Config", "MobileNetV1ForImageClassification", tf_padding=False),
+        images(8),
+        27,
+        0,
     ),
     "transformers mobilenet_v2": Row(
-        transformers("MobileNetV2Config", "MobileNetV2ForImageClassification"), images(8), 0, 0
+        transformers("MobileNetV2Config", "MobileNetV2ForImageClassification", tf_padding=False),
+        images(8),
+        52,
+        0,
     ),
     "transformers mobilevit": Row(
-        transformers("MobileViTConfig", "MobileViTModel"), images(4), 0, 0
+        transformers("MobileViTConfig", "MobileViTModel"), images(4), 32, 2
     ),
     "monai resnet": Row(
-        monai("resnet10", spatial_dims=3, n_input_channels=1, block_inplanes=[8, 16, 16, 16]),
-        *((randn(4, 1, 24, 24, 24),), 0, 0),
+        monai(
+            "ResNet",
+            block="basic",
+            layers=[1, 1, 1, 1],
+            block_inplanes=[8, 16, 16, 16],
+            spatial_dims=3,
+            n_input_channels=1,
+            num_classes=2,
+        ),
+        *((randn(4, 1, 24, 24, 24),), 12, 9),
     ),
     "monai segresnet": Row(
         monai("SegResNet", spatial_dims=2, init_filters=8, norm="batch"),
-        *((randn(2, 1, 32, 32),), 0, 0),
+        *((randn(2, 1, 32, 32),), 25, 25),
     ),
     "monai unet": Row(
         monai(
             *("UNet",),
-            **{"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (4, 8, 16)},
-            **{"strides": (2, 2), "num_res_units": 2, "norm": "batch"},
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=2,
+            channels=(4, 8, 16),
+            strides=(2, 2),
+            num_res_units=2,
+            norm="batch",
         ),
-        *((randn(2, 1, 16, 16, 16),), 0, 0),
+        *((randn(2, 1, 16, 16, 16),), 9, 0),
     ),
     "monai dynunet": Row(
         monai(
             *("DynUNet",),
-            **{"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "norm_name": "batch"},
-            **{"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]},
+            spatial_dims=2,
+            in_channels=1,
+            out_channels=2,
+            norm_name="batch",
+            kernel_size=[3] * 3,
+            strides=[1, 2, 2],
+            upsample_kernel_size=[2, 2],
             res_block=True,
         ),
-        *((randn(2, 1, 32, 32),), 0, 0),
+        *((randn(2, 1, 32, 32),), 13, 10),
     ),
-    "torch_geometric": Row(torch_geometric, (randn(20, 3), RING), 0, 0),
+    "torch_geometric": Row(torch_geometric, (randn(20, 3), RING), 2, 2),
     "segmentation unet": Row(
-        segmentation("Unet", "timm-mobilenetv3_small_minimal_100"), images(2), 0, 0
+        segmentation("Unet", "timm-mobilenetv3_small_minimal_100"), images(2), 44, 39
     ),
-    "segmentation fpn": Row(segmentation("FPN", "mobilenet_v2"), images(2), 0, 0),
+    "segmentation fpn": Row(segmentation("FPN", "mobilenet_v2"), images(2), 52, 45),
 }
 
 

@@ -127,19 +127,20 @@ def convert(
     for layer, problem in why.items():
         if not problem:
             _own(layer)
-    fusion = Fusion(model if fuse else nn.Module())
-    for layer in _layers(model):
-        if layer.activation.name and not why[layer]:  # of timm's
-            fusion.fused[layer] = [str(layer.activation)]
+    fusion = Fusion(model) if fuse else None
     if not report:
         return model
     rows = []
     for name, layer in model.named_modules():
         if layer in why:
-            into = "; ".join(fusion.fused.get(layer, ()))
+            into = list(fusion.fused.get(layer, ())) if fusion else []
+            if isinstance(layer, Layer) and layer.activation.name and not why[layer]:  # timm's
+                into.append(str(layer.activation))
             what = "fused" if into else "left" if why[layer] else "replaced"
-            reason = "" if into else why[layer] or fusion.why.get(layer, "no call of it was found")
-            rows.append(Row(name or "model", what, into, reason if fuse or why[layer] else ""))
+            reason = why[layer]
+            if fusion and not reason and not into:
+                reason = fusion.why.get(layer, "no call of it was found")
+            rows.append(Row(name or "model", what, "; ".join(into), "" if into else reason))
     return model, Report(rows)
 
 

@@ -191,6 +191,7 @@ class Chain:
 
     head: fx.Node
     why: str = ""  # it ends where it ends
+    after: fx.Node | None = None  # what is not fused any more
     sum: fx.Node | None = None
     residual: int = 0  # which of its terms is the residual
     in_place: bool = False
@@ -308,6 +309,9 @@ class Fusion:
                 chain = Chain(head, why="what is computed in between may change what goes in")
             taken.add(chain.sum)
             chains[head] = chain
+        for chain in chains.values():
+            if chain.after and chain.after in taken:
+                chain.why = "it is the residual of another"
         return [chains[node] for node in graph.nodes if node in chains]
 
     def chain(self, module: nn.Module, head: fx.Node, taken: set[fx.Node | None]) -> Chain:
@@ -332,8 +336,7 @@ class Fusion:
                 chain.act, chain.activation, chain.why = user, activation, ""
                 return chain
             else:
-                taken_by = "it is the residual of another" if user in taken else ""
-                chain.why = taken_by or f"followed by {_name(module, user)}"
+                chain.after, chain.why = user, f"followed by {_name(module, user)}"
                 return chain
             node = user
 
@@ -348,7 +351,7 @@ def _called(module: nn.Module, node: fx.Node) -> nn.Module:
 
 def _check_class(module: nn.Module) -> None:
     """That a subclass with another forward does what the class does otherwise."""
-    cls = type(module)
+    cls: Any = type(module)
     if "forward" in vars(module):
         raise Refused("was replaced in this module")
     if isinstance(module, torch.jit.ScriptModule) or cls.__call__ is not nn.Module.__call__:
@@ -358,6 +361,11 @@ def _check_class(module: nn.Module) -> None:
         for name in ("__reduce__", "__reduce_ex__", "__deepcopy__")
     ):
         raise Refused("belongs to a class that pickles or copies itself")
+    try:
+        module.__class__ = fused_class(cls)
+        module.__class__ = cls
+    except TypeError as error:  # of a metaclass, or slots
+        raise Refused(f"belongs to a class that cannot be extended: {error}") from error
 
 
 def _is_identity(module: nn.Module, node: fx.Node) -> bool:

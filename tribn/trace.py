@@ -129,6 +129,7 @@ def _trace(module: nn.Module, arguments: Arguments) -> Trace:
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
             next(iter(reversed(graph.nodes))).type = None  # an annotation is no part of it
+            compile(graph.python_code("self").src, "", "exec")
     except Refused:
         raise
     except Exception as error:  # whatever the code of the model raises when it gets a stand-in
