@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -77,4 +78,5 @@ def assert_train_alike(
         error, rounding = (largest(wide(t) - wide(tensor)) for t in (actual[name], narrow[name]))
         roundings = (2 + rows**0.5 / 2) * torch.finfo(F64).eps / torch.finfo(F32).eps
         allowed = roundings * rounding + 4 * ulp(largest(wide(tensor)), F64)
+        assert math.isfinite(allowed), f"{name}: the original's is not finite in float32"
         assert error <= allowed, f"{name}: differs by {error:.3g}, {allowed=:.3g}"
