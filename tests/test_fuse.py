@@ -502,12 +502,18 @@ def test_values_that_forward_reads_are_looked_at_again(calls):
     torch.testing.assert_close(model(X), z * 2)
     model.widths[1] = 3
     torch.testing.assert_close(model(X), z * 3)
-    model.skip = True
+    model.skip = nn.Identity()
     torch.testing.assert_close(model(X), (z + X) * 3)
     del calls[:]
     model.act, model.skip, model.widths[1] = "relu", None, 2
     model(X)
     assert calls == [("relu", False)]
+    model.skip = nn.Identity()
+    model, into = convert(model)
+    assert into == {"bn": "residual, relu"}
+    torch.testing.assert_close(model(X), F.relu(z + X))
+    model.skip = None
+    torch.testing.assert_close(model(X), F.relu(z))
 
 
 def test_forward_follows_the_mode(calls):

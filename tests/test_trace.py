@@ -128,6 +128,7 @@ REFUSED = {
     "calls a BatchNorm1d that is no": lambda self, x: elsewhere(x),
     "reads eps of a BatchNorm1d that": lambda self, x: self.bn(x) * elsewhere.eps,
     "reads settings.bn, a BatchNorm1d": lambda self, x: self.settings.bn(x),
+    "reads plain, a tensor": lambda self, x: self.bn(x) if self.plain > 0 else x,
     "sets settings.rate": lambda self, x: setattr(self.settings, "rate", 1) or self.bn(x),
     "raises ZeroDivisionError": lambda self, x: self.bn(x) / (1 // 0),
     "raises TypeError": writes,
@@ -137,7 +138,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_a_graph_does_not_tell_is_refused(reason, capsys):
     settings = SimpleNamespace(bn=elsewhere, rate=0)
-    model = net(REFUSED[reason], count=0, seen=[], settings=settings)
+    model = net(REFUSED[reason], count=0, seen=[], settings=settings, plain=torch.ones(()))
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     modes = [m.training for m in model.modules()]
     with pytest.raises(Refused, match=reason):
@@ -182,7 +183,9 @@ def test_what_is_read_is_guarded():
     type(model).norm = lambda self, x: self.bn(x)
     assert guards(model) == {
         ("skip",): None,
+        ("bn", ""): True,
         ("bn", "affine"): True,
+        ("parts", ""): True,
         ("rate",): 0.5,
         ("widths",): [1, (2, 3)],
         ("act",): F.relu,
@@ -190,6 +193,7 @@ def test_what_is_read_is_guarded():
         ("settings.scale",): 2.0,
     }
     (t,) = traced(model)
+    bn = model.bn
 
     def holds():
         return all(guard.holds(model) for guard in t.guards)
@@ -206,6 +210,8 @@ def test_what_is_read_is_guarded():
             lambda: setattr(model.settings, "scale", 2.0),
         ),
         (lambda: delattr(model, "rate"), lambda: setattr(model, "rate", 0.5)),
+        (lambda: setattr(model, "bn", None), lambda: setattr(model, "bn", bn)),
+        (lambda: delattr(model, "bn"), lambda: setattr(model, "bn", bn)),
     ):
         change()
         assert not holds()

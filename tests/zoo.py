@@ -119,7 +119,7 @@ class Row(NamedTuple):
 
 
 # Three of them counted by hand:
-# - resnet18 has one layer in the stem and two in each of eight blocks, all followed by relu, and the
+# - resnet18 has one layer in the stem and two in each of eight blocks, all followed by relu, the
 #   second by a sum before; and three in shortcuts, which are what is added.
 # - mobilenet_v2 has relu6 after the stem, the last layer, each of the 17 in the middle of a block
 #   and 16 that expand; ten of the 17 that end a block are added to its input, and seven are not.

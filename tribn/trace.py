@@ -36,17 +36,22 @@ class Refused(Exception):
 
 
 class Guard(NamedTuple):
-    """What a module below, at the end of `path`, had under a name, dotted or not, when traced."""
+    """What a module below, at the end of `path`, had under a name, dotted or not, when traced.
+
+    Without a name: that there is one.
+    """
 
     path: tuple[str, ...]
-    name: str
-    value: Any
+    name: str = ""
+    value: Any = True
 
     def holds(self, module: nn.Module) -> bool:
         try:
             for step in self.path:
                 module = module._modules[step]  # type: ignore[assignment]
-            value = operator.attrgetter(self.name)(module)
+            value: Any = module is not None
+            if self.name:
+                value = operator.attrgetter(self.name)(module)
         except (AttributeError, KeyError):
             return False
         if self.name == "_modules":
@@ -223,7 +228,10 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+for _name in (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+):
     setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
 
 
@@ -303,16 +311,21 @@ class _Tracer(fx.Tracer):
         """What the forward reads: the value, once it has been written down."""
         if isinstance(value, types.MethodType) or type(value) is _Value:
             return value
-        if isinstance(value, (nn.Module, Tensor)):
-            return value  # looked up again when the graph runs
-        if name != "_modules" and not _constant(value):
-            return _Settings(self, module, name, value)
         path = (self.submodule_paths or {}).get(module)
         if path is None:
             self.refuse(f"reads {name} of a {type(module).__name__} that is no module of its own")
         steps = tuple(path.split(".")) if path else ()
-        seen = tuple(value) if name == "_modules" else deepcopy(value)
-        self.guards.setdefault((steps, name), Guard(steps, name, seen))
+        if isinstance(value, nn.Module):  # looked up again when the graph runs
+            guard = Guard((*steps, name))
+        elif name == "_modules":
+            guard = Guard(steps, name, tuple(value))
+        elif isinstance(value, Tensor):
+            self.refuse(f"reads {name}, a tensor that is no parameter or buffer")
+        elif _constant(value):
+            guard = Guard(steps, name, deepcopy(value))
+        else:
+            return _Settings(self, module, name, value)
+        self.guards.setdefault((guard.path, guard.name), guard)
         return value
 
 
@@ -356,10 +369,12 @@ def watching() -> Iterator[None]:
     """
 
     def getattribute(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        if _running and not name.startswith("__") and not _reader().startswith(_MACHINERY):
-            return _running[-1].note(module, name, value)
-        return value
+        if not _running or name.startswith("__") or _reader().startswith(_MACHINERY):
+            return object.__getattribute__(module, name)
+        modules: Any = object.__getattribute__(module, "_modules")
+        value = modules.get(name)
+        value = object.__getattribute__(module, name) if value is None else value
+        return _running[-1].note(module, name, value)
 
     def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
         @functools.wraps(function)
