@@ -178,13 +178,13 @@ ZOO = {
         transformers("MobileNetV1Config", "MobileNetV1ForImageClassification", tf_padding=False),
         images(8),
         27,
-        0,
+        27,
     ),
     "transformers mobilenet_v2": Row(
         transformers("MobileNetV2Config", "MobileNetV2ForImageClassification", tf_padding=False),
         images(8),
         52,
-        0,
+        45,
     ),
     "transformers mobilevit": Row(
         transformers("MobileViTConfig", "MobileViTModel"), images(4), 32, 2
