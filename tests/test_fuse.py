@@ -389,11 +389,34 @@ def test_a_module_that_adds_takes_the_activation_of_its_caller(calls):
             return self.norm(self.conv(x)) + x
 
     model = net(lambda self, x: self.relu(self.body(x)), body=Adds())
-    check(model, {"body.norm": "residual; relu"})
+    check(model, {"body.norm": "residual, relu"})
     assert set(calls) == {("relu", True)}
     # and no second residual
     model = net(residual, body=Adds())
     check(model, {"body.norm": "residual"})
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("adds", [False, True])
+def test_identities_of_a_module_are_passed_by_from_outside(before, after, adds, calls):
+    def body(self, x):
+        z = self.bn(self.conv(x))
+        z = self.before(z) if before else z
+        z = z + x if adds else z
+        return self.after(z) if after else z
+
+    part = net(body, before=nn.Identity(), after=nn.Identity())
+    model = net(lambda self, x: self.relu(self.part(x)), part=part)
+    check(model, {"part.bn": "residual, relu" if adds else "relu"})
+    assert set(calls) == {("relu", adds)}
+
+
+def test_a_module_without_arguments(calls):
+    part = net(lambda self: self.bn(self.conv(self.input)), input=nn.Parameter(X.clone()))
+    model = net(lambda self, x: self.relu(self.part() + x), part=part)
+    check(model, {"part.bn": "residual, relu"})
+    assert set(calls) == {("relu", True)}
 
 
 def test_a_module_called_twice_is_fused_where_it_can_be(calls):

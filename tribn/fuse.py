@@ -57,10 +57,8 @@ def call(
 ) -> Any:
     """``activation(module(*args) + residual)`` and `then` the rest, in one pass if possible."""
     rest = Rest(activation, residual, in_place)
-    if then is not None:
-        if activation is not None or (residual is not None and then.residual is not None):
-            return then(call(module, args, *rest))
-        rest = then if residual is None else Rest(then.activation, residual, in_place)
+    if then is not None:  # there is no activation, and no residual where `then` has one
+        rest = then if residual is None else then._replace(residual=residual, in_place=in_place)
     if not watched(module):
         if isinstance(module, Fused):
             return module(*args, tribn_then=rest)
@@ -198,7 +196,7 @@ class Chain:
     act: fx.Node | None = None
     activation: Activation | None = None
     identities: list[fx.Node] = field(default_factory=list)  # passed by
-    returned: bool = False  # no activation, and nothing else happens to it in this forward
+    returned: fx.Node | None = None  # what comes out of this forward, if nothing else is done to it
 
     @property
     def end(self) -> fx.Node:
@@ -262,10 +260,15 @@ class Fusion:
         self.sites[module] = site
         for chains in site.chains:
             for chain in chains:
-                into = chain.parts
-                for layer in self.ends(_called(module, chain.head)):
-                    if into and into not in self.fused.setdefault(layer, []):
-                        self.fused[layer].append(into)
+                head = _called(module, chain.head)
+                for layer in self.ends(head):
+                    fused = self.fused.setdefault(layer, [])
+                    into = chain.parts
+                    if into and self.kind(head) == "sum":  # which is fused with the rest
+                        into = f"residual, {into}"
+                        fused[:] = [other for other in fused if other != "residual"]
+                    if into and into not in fused:
+                        fused.append(into)
                     self.why[layer] = chain.why
         tails = [chain for chains in site.chains for chain in chains if chain.returned]
         kinds = {"sum" if c.sum else self.kind(_called(module, c.head)) for c in tails}
@@ -324,7 +327,7 @@ class Fusion:
                 return chain
             (user,) = node.users
             if user.op == "output":
-                chain.returned = user.args[0] is node
+                chain.returned = node if user.args[0] is node else None
                 chain.why = f"{type(module).__name__}.forward returns it"
                 return chain
             if _is_identity(module, user):
@@ -467,13 +470,11 @@ def rewrite(site: Site, takes_then: bool) -> None:
     for traced, chains in zip(site.traces, site.chains, strict=True):
         graph, then, guards = traced.graph, None, list(traced.guards)
         if takes_then:
-            *_, before = (n for n in graph.nodes if n.op in ("root", "placeholder"))
-            with graph.inserting_after(before):
+            with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
                 then = graph.placeholder("tribn_then", default_value=None)
         for chain in chains:
-            last = then if chain.returned else None
-            if chain.parts or last:
-                _fuse(graph, chain, last)
+            if chain.parts or (then and chain.returned):
+                _fuse(graph, chain, then if chain.returned else None)
                 for node in chain.identities:
                     path = tuple(str(node.target).split("."))
                     guards.append(Guard(path, "__class__", nn.Identity))
@@ -488,7 +489,7 @@ def rewrite(site: Site, takes_then: bool) -> None:
 
 def _fuse(graph: fx.Graph, chain: Chain, then: fx.Node | None) -> None:
     """Makes one call of the chain, where its last one was."""
-    end = chain.identities[-1] if then and chain.identities else chain.end
+    end = (then and chain.returned) or chain.end
     with graph.inserting_before(chain.end):
         module = graph.create_node("get_attr", chain.head.target)
         act: Any = chain.activation
