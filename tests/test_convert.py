@@ -406,6 +406,26 @@ def test_frozen_layers_stay_frozen_and_take_checkpoints_of_both_kinds():
     torch.testing.assert_close(mine(x), F.relu(x / (1 + 1e-3) ** 0.5))
 
 
+def test_frozen_layers_with_an_activation():
+    class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+        def __init__(self):
+            super().__init__(4)
+            self.drop, self.act = nn.Identity(), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    mine = FrozenBatchNormAct2d()
+    plain = copy.deepcopy(mine)
+    mine, report = tribn.convert(mine, report=True)
+    assert report.rows[0].into == "relu"
+    assert isinstance(mine, tribn.BatchNorm2d)
+    torch.testing.assert_close(
+        mine.train()(IMAGES[:, :1].expand(-1, 4, -1, -1)), plain(IMAGES[:, :1])
+    )
+    assert type(tribn.revert(mine)) is FrozenBatchNormAct2d
+
+
 # Back
 
 

@@ -327,7 +327,6 @@ def test_a_call_may_have_an_activation_of_its_own(activation, device):
     assert torch.equal(layer(x), torch.relu(layer(x, activation=torch.nn.Identity())))
 
 
-
 @pytest.mark.parametrize("options", FUSED, **ids)
 def test_repr_tells_what_is_not_torchs(options):
     text = repr(tribn.BatchNorm2d(3, **options))

@@ -250,3 +250,31 @@ def test_trains_alike(name):
     print(report)
     assert (len(report.rows), report.counts["fused"], report.counts["left"]) == row[2:]
     assert_train_alike(converted, model, row.inputs)
+
+
+LAYERS = {
+    "torchvision's frozen": (lambda: module("torchvision.ops").FrozenBatchNorm2d(3), True, ""),
+    "timm's frozen with relu": (
+        lambda: module("timm.layers").FrozenBatchNormAct2d(3),
+        True,
+        "relu",
+    ),
+    "timm's with relu": (lambda: module("timm.layers").BatchNormAct2d(3), False, "relu"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_and_back(name):
+    build, frozen, into = LAYERS[name]
+    layer = build()
+    for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+        tensor.data.copy_(randn(3).exp())
+    plain, cls, keys = copy.deepcopy(layer), type(layer), list(layer.state_dict())
+    converted, report = tribn.convert(layer, report=True)
+    assert isinstance(converted, tribn.BatchNorm2d)
+    assert (converted.frozen, report.rows[0].into) == (frozen, into)
+    assert list(converted.state_dict()) == keys
+    x = randn(4, 3, 5, 5)
+    torch.testing.assert_close(converted(x), plain(x))
+    assert type(tribn.revert(converted)) is cls
+    torch.testing.assert_close(converted(x), plain(x))

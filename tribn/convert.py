@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from torch import nn
 
@@ -23,6 +23,8 @@ from tribn.nn import (
     LazyBatchNorm3d,
     watched,
 )
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _OWN: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -81,16 +83,12 @@ class Report:
 
 
 @overload
-def convert(
-    model: nn.Module, *, fuse: bool = True, report: Literal[False] = False
-) -> nn.Module: ...
+def convert(model: Model, *, fuse: bool = True, report: Literal[False] = False) -> Model: ...
 @overload
+def convert(model: Model, *, fuse: bool = True, report: Literal[True]) -> tuple[Model, Report]: ...
 def convert(
-    model: nn.Module, *, fuse: bool = True, report: Literal[True]
-) -> tuple[nn.Module, Report]: ...
-def convert(
-    model: nn.Module, *, fuse: bool = True, report: bool = False
-) -> nn.Module | tuple[nn.Module, Report]:
+    model: Model, *, fuse: bool = True, report: bool = False
+) -> Model | tuple[Model, Report]:
     """Makes the batch norm layers of a model tribn's, and fuses them with what follows each.
 
     Replaced are torch.nn's BatchNorm1d, 2d, 3d and their lazy ones, timm's BatchNormAct2d with an
@@ -101,12 +99,13 @@ def convert(
     Fused are a batch norm, an addition and an activation of tribn's, or two of these in this order,
     if forward shows that nothing else uses what is between, wherever they are called: neighbours in
     a Sequential, modules, functions, methods, operators, in place or not; and across modules, if
-    one ends with the batch norm. Forward is looked at by torch.fx, one module at a time; a forward
-    that it cannot tell runs as it is. The modules and the model's print stay as they are: a module
-    whose forward was rewritten is of a subclass with the same name, whose forward passes the
-    activation and the residual to the batch norm. It computes one after another when a hook would
-    see the difference, when shapes or dtypes of a sum differ, and when what is fused was replaced.
-    So a layer or an activation may be used in many places.
+    one ends with the batch norm. Forwards run on stand-ins for their inputs, by torch.fx, one
+    module at a time; one that does more than a graph tells is left as it is.
+
+    The modules stay, and so does what the model prints. A module whose forward was rewritten is of
+    a subclass with the same name, whose forward passes the activation and the residual to the batch
+    norm. It computes one after another when a hook would see the difference, when shapes or dtypes
+    of a sum differ, and when what is fused was replaced. So layers and activations may be shared.
 
     Args:
         model: any module; its layers are changed in place.
@@ -144,7 +143,7 @@ def convert(
     return model, Report(rows)
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Undoes `convert`: gives the layers and modules of a model the classes they had.
 
     Layers that were made as tribn's become torch.nn's if these can do the same.
@@ -173,7 +172,7 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Model) -> Model:
     """Makes every batch norm layer use its running statistics, also after ``model.train()``.
 
     torch.nn's BatchNorm1d, 2d and 3d become tribn's, with the same parameters, statistics and
@@ -208,7 +207,7 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def unfreeze(model: nn.Module) -> nn.Module:
+def unfreeze(model: Model) -> Model:
     """Makes every layer that `freeze` froze follow ``model.train()`` again; returns the model."""
     for layer in _layers(model):
         layer.frozen = False
