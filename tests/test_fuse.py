@@ -15,6 +15,7 @@ from training import assert_train_alike
 runs_no_kernel()
 
 import tribn
+from perf import networks
 
 X = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -439,6 +440,28 @@ def test_hooks_on_a_module_see_what_they_saw(calls):
     assert tribn.convert(model, report=True)[1].counts["fused"] == 0
 
 
+def test_a_module_that_has_changed_is_followed_one_after_another(calls):
+    def body(self, x):
+        z = self.bn(self.conv(x))
+        return z * 2 if self.double else z
+
+    model = net(residual, body=net(body, double=False)).eval()
+    model, into = convert(model)
+    assert into == {"body.bn": "residual, relu"}
+    model.body.double = True
+    torch.testing.assert_close(model(X), F.relu(model.body(X) + X))
+    model.body.double = False
+    del calls[:]
+    model(X)
+    assert calls == [("relu", True)]
+    tribn.convert(model.body)  # by itself, which does not know what follows
+    torch.testing.assert_close(model(X), F.relu(model.body(X) + X))
+    body = net(residual, body=nn.Sequential(*conv_bn()))
+    model = tribn.convert(net(residual, body=nn.Sequential(body, *conv_bn())).eval())
+    tribn.convert(model.body)
+    torch.testing.assert_close(model(X), F.relu(model.body(X) + X))
+
+
 # Hooks on what is fused
 
 
@@ -790,6 +813,50 @@ FUSED = {
 def test_a_resnet(calls):
     check(resnet(), FUSED, IMAGES)
     assert set(calls) == {("relu", False), ("relu", True), (None, False)}
+
+
+class NormAct(nn.Module):
+    """What perf's networks call: a batch norm, and a residual and an activation that may be."""
+
+    def __init__(self, norm, activation):
+        super().__init__()
+        self.norm = norm
+        self.activation = activation and getattr(F, activation)
+
+    def forward(self, x, residual=None):
+        x = self.norm(x)
+        if residual is not None:
+            x = x + residual
+        return x if self.activation is None else self.activation(x)
+
+
+def of(axes):
+    norm = getattr(nn, f"BatchNorm{axes}d")
+    return lambda channels, activation: NormAct(norm(channels), activation)
+
+
+def test_networks_that_people_train(calls):
+    torch.manual_seed(0)
+    images = nn.Sequential(
+        networks.conv(3, 16, 3, 2),
+        of(2)(16, "relu"),
+        networks.Bottleneck(of(2), 16, 4, 1),
+        networks.Bottleneck(of(2), 16, 8, 2),
+        networks.InvertedResidual(of(2), 32, 32, 1, 2),
+        networks.InvertedResidual(of(2), 32, 16, 2, 2),
+    )
+    _, into = convert(copy.deepcopy(images))
+    assert Counter(into.values()) == {
+        "relu; residual, relu": 7,  # with and without: one class serves both
+        "relu6; residual, relu6": 4,
+        "residual": 3,
+    }
+    check(images, into, IMAGES)
+    assert {("relu", True), ("relu6", False), (None, True)} <= set(calls)
+    volumes = networks.Level(of(3), 4, 4, 8)
+    check(volumes, convert(copy.deepcopy(volumes))[1], torch.randn(2, 4, 8, 8, 8))
+    rows = networks.mlp(of(1))
+    check(rows, convert(copy.deepcopy(rows))[1], torch.randn(16, 128))
 
 
 def test_modules_keep_their_classes_names_and_signatures():
