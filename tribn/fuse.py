@@ -301,12 +301,9 @@ class Fusion:
                     )
                 elif self.kind(called) and not node.kwargs:
                     heads.append(node)
-        # A sum of two goes to the layer in this very forward, then to the later one.
-        heads.reverse()
-        heads.sort(key=lambda node: not isinstance(_called(module, node), Layer))
         taken: set[fx.Node | None] = set()
         chains = {}
-        for head in heads:
+        for head in reversed(heads):  # a sum of two goes to the later, which need not wait
             chain = self.chain(module, head, taken)
             if not _can_wait(module, chain):
                 chain = Chain(head, why="what is computed in between may change what goes in")
