@@ -340,6 +340,16 @@ def test_a_call_does_not_wait_for_one_that_changes_its_input():
         torch.testing.assert_close(converted(X.clone()), expected)
 
 
+@pytest.mark.parametrize(
+    "drop", [lambda self, x: self.drop(x), lambda self, x: F.dropout(x, 0.5, self.training)]
+)
+def test_random_numbers_are_drawn_in_the_same_order(drop):
+    body = nn.Sequential(nn.Dropout(), *conv_bn())
+    check(net(lambda self, x: self.body(x) + drop(self, x), body=body, drop=nn.Dropout()), {})
+    one = net(lambda self, x: self.bn(self.conv(x)) + drop(self, x), drop=nn.Dropout())
+    check(one, {"bn": "residual"})
+
+
 def test_identities_in_between_are_passed_by_while_they_are_such(calls):
     def forward(self, x):
         return self.relu(self.between(self.bn(self.conv(x))) + x)

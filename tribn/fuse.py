@@ -436,15 +436,16 @@ def _can_wait(module: nn.Module, chain: Chain) -> bool:
     )
     node = chain.head.next
     while node is not chain.end and chain.end is not chain.head:
+        names = [_name(module, node)]
+        writes = node is not chain.sum and _writes(node)
         if node.op == "call_module":
             parts = set(_called(module, node).modules())
             if parts & set(_layers(head)):
                 return False
-            if not fresh and any(getattr(part, "inplace", False) for part in parts):
-                return False
-            if not isinstance(head, Layer) and any("Drop" in type(p).__name__ for p in parts):
-                return False
-        elif node is not chain.sum and (_writes(node) or "drop" in _name(module, node)):
+            names = [type(part).__name__ for part in parts]
+            writes = not fresh and any(getattr(part, "inplace", False) for part in parts)
+        draws = not isinstance(head, Layer) and any("drop" in name.lower() for name in names)
+        if writes or draws:
             return False
         node = node.next
     return True
