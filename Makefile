@@ -1,10 +1,10 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint gpu clean
+.PHONY: help setup demo test test-zoo lint gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/stamp  ## create .venv with the pinned dependencies and tribn itself
 
@@ -25,6 +25,11 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/stamp  ## run the tests: on this device, then every kernel in Triton's interpreter
 	.venv/bin/python -m pytest -n auto
 	TRITON_INTERPRET=1 .venv/bin/python -m pytest -n auto
+
+test-zoo: export OMP_NUM_THREADS := 1
+test-zoo: .venv/stamp  ## train models of other libraries as they are and converted
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,zoo]'
+	.venv/bin/python -m pytest -n auto tests/zoo.py
 
 lint: .venv/stamp  ## check style and types
 	.venv/bin/ruff check

@@ -1,11 +1,14 @@
-"""Freezing and unfreezing the batch norm layers of a model."""
+"""Converting models and back, and freezing the batch norm layers of a model."""
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from training import assert_train_alike, train
 
 import tribn
 
@@ -146,6 +149,34 @@ def test_synchronized_layers_keep_all_they_hold_and_do():
     assert seen == ["hook", "hook"]
 
 
+def test_synchronized_layers_are_reverted_to_what_they_were():
+    of_tribn = tribn.SyncBatchNorm(3)
+    model = nn.Sequential(nn.BatchNorm1d(3), tribn.BatchNorm2d(3), nn.SyncBatchNorm(3), of_tribn)
+    layers, keys = list(model), [vars(layer).keys() for layer in model][:1]
+    tribn.revert(tribn.convert_sync_batchnorm(tribn.convert(model)))
+    classes = [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.SyncBatchNorm]
+    assert [type(layer) for layer in model] == classes
+    assert all(a is b for a, b in zip(layers, model, strict=True))
+    assert ["process_group" in vars(layer) for layer in model] == [False, False, True, True]
+    assert keys[0] == vars(model[0]).keys()
+
+
+def test_what_was_fused_stays_fused_when_it_is_synchronized():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    model, report = tribn.convert(model, report=True)
+    assert report.counts["fused"] == 1
+    rewritten = type(model)
+    tribn.convert_sync_batchnorm(model)
+    assert type(model) is rewritten is not nn.Sequential
+    assert type(model[1]) is tribn.SyncBatchNorm
+    torch.testing.assert_close(model(x), expected)
+    tribn.revert(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_single_layer_is_synchronized():
     layer = tribn.convert_sync_batchnorm(nn.BatchNorm1d(3))
     assert type(layer) is tribn.SyncBatchNorm
@@ -223,3 +254,342 @@ def test_checkpoints_of_torchvisions_frozen_layer_load():
     torch.testing.assert_close(
         model(x), x * scale + s["bias"] - s["running_mean"] * scale, rtol=1e-5, atol=1e-5
     )
+
+
+# Converting
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's, in short."""
+
+    def __init__(self, num_features, act):
+        super().__init__(num_features)
+        self.drop = nn.Identity()
+        self.act = act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """torchvision's, in short."""
+
+    def __init__(self, num_features, eps=1e-3):
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(num_features) + 0.5)
+
+    def forward(self, x):
+        w, b, mean, var = (t.reshape(1, -1, 1, 1) for t in self.buffers())
+        scale = w * (var + self.eps).rsqrt()
+        return x * scale + (b - mean * scale)
+
+
+class Model(nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.plain = nn.BatchNorm2d(4, eps=1e-3, momentum=None)
+        self.act = BatchNormAct2d(4, nn.LeakyReLU(0.2, inplace=True))
+        self.frozen = FrozenBatchNorm2d(4)
+        self.bare = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+        self.volume = nn.BatchNorm3d(4)
+        self.rows = nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.bare(self.frozen(self.act(self.plain(self.conv(x)))))
+        x = F.silu(self.volume(x.unsqueeze(2)).squeeze(2))
+        return self.linear(self.rows(x.flatten(2)).mean(2))
+
+
+def model():
+    torch.manual_seed(0)
+    model = randomize(Model())
+    model.rows.weight.requires_grad_(False)
+    model.volume.eval()
+    model.label = "mine"
+    return model
+
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_model_trains_as_before_with_the_optimizer_it_has():
+    mine, plain = model().double(), model()
+    optimizer = torch.optim.SGD(mine.parameters(), 1e-2)
+    parameters = dict(mine.named_parameters(remove_duplicate=False))
+    converted = tribn.convert(mine)
+    assert converted is mine
+    for name, p in converted.named_parameters():
+        assert p is parameters[name]
+    assert_train_alike(converted, plain, (IMAGES,), optimizer)
+
+
+def facts(model):
+    """What must stay: keys in their order, and of each entry and module what it is."""
+    return {
+        "state": [(k, t.dtype, t.device, t.data_ptr()) for k, t in model.state_dict().items()],
+        "parameters": [(k, id(p), p.requires_grad) for k, p in model.named_parameters()],
+        "buffers": [(k, id(b)) for k, b in model.named_buffers()],
+        "modules": [(k, id(m), m.training) for k, m in model.named_modules()],
+        "label": model.label,
+        "hooks": [len(m._forward_hooks) for m in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_everything_else_stays(dtype, device):
+    mine = model().to(dtype).to(device)
+    mine.plain.register_forward_hook(lambda *_: None)
+    before = facts(mine)
+    tribn.convert(mine)
+    assert facts(mine) == before
+    layers = [m for m in mine.modules() if isinstance(m, tribn.nn.Layer)]
+    assert [type(m) for m in layers] == [
+        *[tribn.BatchNorm2d] * 4,
+        *(tribn.BatchNorm3d, tribn.BatchNorm1d),
+    ]
+    assert mine.plain.eps == 1e-3
+    assert mine.plain.momentum is None
+    tribn.revert(mine)
+    assert facts(mine) == before
+
+
+def test_checkpoints_go_either_way():
+    mine, plain = tribn.convert(model()), model()
+    state = {k: torch.rand_like(t) if t.dim() else t + 7 for k, t in plain.state_dict().items()}
+    for m in (mine, plain):
+        m.load_state_dict(state)
+    torch.testing.assert_close(mine.eval()(IMAGES), plain.eval()(IMAGES))
+    plain.load_state_dict(mine.state_dict())
+    mine.load_state_dict(dict(plain.state_dict()))  # without versions
+
+
+def test_the_report_says_what_and_why():
+    mine, report = tribn.convert(model(), report=True)
+    assert isinstance(report, tribn.Report)
+    assert isinstance(mine, Model)
+    assert [tuple(row) for row in report.rows] == [
+        ("plain", "replaced", "", "followed by BatchNorm2d"),
+        ("act", "fused", "leaky_relu(negative_slope=0.2)", ""),
+        ("frozen", "replaced", "", "followed by BatchNorm2d"),
+        ("bare", "replaced", "", "followed by unsqueeze"),
+        ("volume", "replaced", "", "followed by squeeze"),
+        ("rows", "replaced", "", "followed by mean"),
+    ]
+    assert report.counts == {"fused": 1, "replaced": 5}
+    assert str(report).splitlines()[:3] == [
+        "6 batch norms: 1 fused, 5 replaced, 0 left",
+        "  plain   replaced  followed by BatchNorm2d",
+        "  act     fused     leaky_relu(negative_slope=0.2)",
+    ]
+    assert str(tribn.convert(nn.ReLU(), report=True)[1]) == (
+        "0 batch norms: 0 fused, 0 replaced, 0 left"
+    )
+
+
+class Subclass(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def with_forward():
+    layer = nn.BatchNorm2d(4)
+    layer.forward = lambda x: x
+    return layer
+
+
+def hooked(layer, part):
+    getattr(layer, part).register_forward_hook(lambda *_: None)
+    return layer
+
+
+def without_eps():
+    layer = FrozenBatchNorm2d(4)
+    del layer.eps
+    return layer
+
+
+def dropping():
+    layer = BatchNormAct2d(4, nn.ReLU())
+    layer.drop = nn.Dropout()
+    return layer
+
+
+LEFT = {
+    "a subclass, Subclass": lambda: Subclass(4),
+    "tribn's already": lambda: tribn.BatchNorm2d(4),
+    "its forward was replaced": with_forward,
+    "eps is -1": lambda: nn.BatchNorm2d(4, eps=-1.0),
+    "momentum is 2": lambda: nn.BatchNorm2d(4, momentum=2.0),
+    "its activation is PReLU": lambda: BatchNormAct2d(4, nn.PReLU()),
+    "its activation is ReLU": lambda: hooked(BatchNormAct2d(4, nn.ReLU()), "act"),
+    "drops values by Identity": lambda: hooked(BatchNormAct2d(4, nn.ReLU()), "drop"),
+    "drops values by Dropout": dropping,
+    "without eps": without_eps,
+}
+
+
+@pytest.mark.parametrize("why", LEFT)
+def test_what_is_left_is_left_as_it_is(why):
+    mine = nn.Sequential(nn.ReLU(), LEFT[why]())
+    before = type(mine[1]), dict(vars(mine[1]))
+    converted, report = tribn.convert(mine, report=True)
+    assert converted is mine
+    (row,) = report.rows
+    assert (row.name, row.what, row.into) == ("1", "left", "")
+    assert why in row.why
+    assert (type(mine[1]), dict(vars(mine[1]))) == before
+
+
+@pytest.mark.parametrize(("theirs", "ours", "shape"), KINDS)
+def test_a_model_that_is_one_layer(theirs, ours, shape):
+    layer = randomize(theirs(3))
+    expected = copy.deepcopy(layer)(torch.ones(shape))
+    converted, report = tribn.convert(layer, report=True)
+    assert converted is layer
+    assert type(layer) is ours
+    torch.testing.assert_close(layer(torch.ones(shape)), expected)
+    assert str(report).splitlines()[1].split() == [
+        "model",
+        "replaced",
+        "no",
+        "call",
+        *["of", "it", "was", "found"],
+    ]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "shape"), KINDS)
+def test_lazy_layers_stay_lazy(theirs, ours, shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's that lazy modules are new
+        lazy = getattr(nn, f"Lazy{theirs.__name__}")(eps=1e-2)
+    model = tribn.convert(nn.Sequential(lazy, nn.ReLU()))
+    assert type(model[0]) is getattr(tribn, f"Lazy{ours.__name__}")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = model(x)
+    assert type(model[0]) is ours
+    torch.testing.assert_close(y, F.relu(theirs(3, eps=1e-2)(x)))
+    torch.testing.assert_close(model(x), y)
+    assert type(tribn.revert(model)[0]) is theirs
+
+
+def test_without_fusing():
+    mine = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    converted, report = tribn.convert(mine, fuse=False, report=True)
+    assert type(converted) is nn.Sequential
+    assert [tuple(row) for row in report.rows] == [("1", "replaced", "", "")]
+
+
+def test_converting_again_sees_what_has_changed():
+    mine = tribn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    cls = type(mine)
+    mine, report = tribn.convert(mine, report=True)
+    assert type(mine) is cls
+    assert [tuple(row) for row in report.rows] == [("1", "fused", "relu", "")]
+    mine[2] = nn.Tanh()
+    mine, report = tribn.convert(mine, report=True)
+    assert report.rows[0].into == "tanh"
+    assert type(tribn.convert(mine, fuse=False)) is nn.Sequential
+
+
+def test_frozen_layers_stay_frozen_and_take_checkpoints_of_both_kinds():
+    mine = tribn.convert(nn.Sequential(FrozenBatchNorm2d(4), nn.ReLU())).train()
+    assert mine[0].frozen
+    assert list(mine.state_dict()) == ["0.weight", "0.bias", "0.running_mean", "0.running_var"]
+    assert not list(mine.parameters())
+    mine.load_state_dict(nn.Sequential(nn.BatchNorm2d(4)).state_dict())
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mine(x), F.relu(x / (1 + 1e-3) ** 0.5))
+
+
+def test_frozen_layers_with_an_activation():
+    class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+        def __init__(self):
+            super().__init__(4)
+            self.drop, self.act = nn.Identity(), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    mine = FrozenBatchNormAct2d()
+    plain = copy.deepcopy(mine)
+    mine, report = tribn.convert(mine, report=True)
+    assert report.rows[0].into == "relu"
+    assert isinstance(mine, tribn.BatchNorm2d)
+    torch.testing.assert_close(
+        mine.train()(IMAGES[:, :1].expand(-1, 4, -1, -1)), plain(IMAGES[:, :1])
+    )
+    assert type(tribn.revert(mine)) is FrozenBatchNormAct2d
+
+
+# Back
+
+
+def test_revert_gives_back_what_there_was():
+    mine = model()
+    classes = [type(m) for m in mine.modules()]
+    attributes = [set(vars(m)) for m in mine.modules()]
+    expected = train(copy.deepcopy(mine), (IMAGES,))
+    tribn.convert(mine)
+    assert [type(m) for m in mine.modules()] != classes
+    assert tribn.revert(mine) is mine
+    assert [type(m) for m in mine.modules()] == classes
+    assert [set(vars(m)) for m in mine.modules()] == attributes
+    actual = train(mine, (IMAGES,))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_revert_after_training_gives_equal_outputs():
+    mine = tribn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double())
+    train(mine, (IMAGES.double(),))
+    expected = copy.deepcopy(mine)(IMAGES.double())
+    reverted = tribn.revert(mine)
+    assert [type(m) for m in reverted.modules()][::2] == [nn.Sequential, nn.BatchNorm2d]
+    torch.testing.assert_close(reverted(IMAGES.double()), expected)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "shape"), KINDS)
+def test_layers_made_as_tribns_become_torchs(theirs, ours, shape):
+    layer = ours(3, memory="inplace", stats_dtype=torch.float64)
+    tribn.revert(layer)
+    assert type(layer) is theirs
+    assert set(vars(layer)) == set(vars(theirs(3)))
+
+
+class Own(tribn.BatchNorm2d):
+    pass
+
+
+IRREVERSIBLE = {
+    "activation=relu": lambda: tribn.BatchNorm2d(3, activation="relu"),
+    "order=act_norm": lambda: tribn.BatchNorm2d(3, order="act_norm"),
+    "channel_axis=-1": lambda: tribn.BatchNorm2d(3, channel_axis=-1),
+    "nonfinite=skip": lambda: tribn.BatchNorm2d(3, nonfinite="skip"),
+    "correction=0": lambda: tribn.BatchNorm2d(3, correction=0),
+    "frozen=True": lambda: tribn.freeze(tribn.BatchNorm2d(3)),
+    "frozen=False": lambda: tribn.unfreeze(tribn.convert(FrozenBatchNorm2d(3))),
+    "is a Own": lambda: Own(3),
+}
+
+
+@pytest.mark.parametrize("what", IRREVERSIBLE)
+def test_layers_that_torch_does_not_have_are_said_and_nothing_is_changed(what):
+    mine = tribn.convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    mine.append(IRREVERSIBLE[what]())
+    classes = [type(m) for m in mine.modules()]
+    with pytest.raises(ValueError, match=f"layer 3 .*{what}"):
+        tribn.revert(mine)
+    assert [type(m) for m in mine.modules()] == classes
+
+
+@pytest.mark.parametrize("function", [tribn.convert, tribn.revert])
+def test_only_modules_are_converted(function):
+    with pytest.raises(TypeError, match="model is a list: it must be"):
+        function([nn.BatchNorm2d(3)])

@@ -17,6 +17,8 @@ ORDER = [
     "__main__",
     "explain",
     "convert",
+    "fuse",
+    "trace",
     "statistics",
     "nn",
     "functional",

@@ -352,6 +352,15 @@ def test_options_are_those_of_the_function(options, channel_axis, lazy, training
             assert torch.equal(getattr(module, name), statistic)
 
 
+@pytest.mark.parametrize("activation", ["tanh", torch.nn.LeakyReLU(0.3)])
+def test_a_call_may_have_an_activation_of_its_own(activation, device):
+    x = torch.randn(4, 3, 5, device=device)
+    layer = tribn.BatchNorm1d(3, activation="relu", device=device).eval()
+    own = tribn.BatchNorm1d(3, activation=activation, device=device).eval()
+    assert torch.equal(layer(x, activation=activation), own(x))
+    assert torch.equal(layer(x), torch.relu(layer(x, activation=torch.nn.Identity())))
+
+
 @pytest.mark.parametrize("options", FUSED, **ids)
 def test_repr_tells_what_is_not_torchs(options):
     text = repr(tribn.BatchNorm2d(3, **options))

@@ -1,7 +1,14 @@
 """Batch normalization for PyTorch, in Triton kernels on a GPU and plain PyTorch on a CPU."""
 
 from tribn import functional
-from tribn.convert import convert_sync_batchnorm, freeze, unfreeze
+from tribn.convert import (
+    Report,
+    convert,
+    convert_sync_batchnorm,
+    freeze,
+    revert,
+    unfreeze,
+)
 from tribn.explain import explain
 from tribn.launch import set_sm_margin
 from tribn.nn import (
@@ -25,13 +32,16 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Report",
     "StandardScaler",
     "SyncBatchNorm",
     "accumulate_stats",
+    "convert",
     "convert_sync_batchnorm",
     "explain",
     "freeze",
     "functional",
+    "revert",
     "set_sm_margin",
     "unfreeze",
     "update_stats",

@@ -143,6 +143,19 @@ KINDS: dict[str, Kind] = {
 }
 
 
+_NAMES = {kind.module: name for name, kind in KINDS.items() if name != "gelu_tanh"}
+
+
+def of_module(module: nn.Module) -> Activation | None:
+    """The activation that one of torch.nn's modules is; None for another module."""
+    name = _NAMES.get(type(module))
+    if name == "gelu" and module.approximate == "tanh":
+        name = "gelu_tanh"
+    if name is None:
+        return None
+    return Activation(name, *(float(getattr(module, p)) for p in KINDS[name].parameters))
+
+
 def parse(activation: str | nn.Module | Activation | None) -> Activation:
     """The activation that a name or one of torch.nn's modules means; None and Identity: none."""
     if isinstance(activation, Activation):
@@ -153,10 +166,8 @@ def parse(activation: str | nn.Module | Activation | None) -> Activation:
         if activation in KINDS:
             return Activation(activation, *KINDS[activation].parameters.values())
     elif isinstance(activation, nn.Module):
-        for name, kind in KINDS.items():
-            tanh = getattr(activation, "approximate", "none") == "tanh"
-            if type(activation) is kind.module and tanh == (name == "gelu_tanh"):
-                return Activation(name, *(float(getattr(activation, a)) for a in kind.parameters))
+        if found := of_module(activation):
+            return found
     else:
         raise TypeError(
             f"activation is a {type(activation).__name__}: it must be a name, a module of torch.nn "

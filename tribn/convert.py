@@ -1,27 +1,183 @@
-"""Changing the batch norm layers of a model in place."""
+"""Changing the batch norm layers of a model in place.
+
+A module becomes another by its `__class__` and stays the object it was, so that whatever refers to
+it goes on: parents, optimizers, hooks, lists of layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from tribn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, SyncBatchNorm
+from tribn.activation import of_module
+from tribn.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    Layer,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    SyncBatchNorm,
+    watched,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _OWN: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.SyncBatchNorm: SyncBatchNorm,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
+_THEIRS = {own: cls for cls, own in _OWN.items()}
+
+# By name, because their libraries need not be installed: timm's layers, which end with a module
+# `act`, and torchvision's, detectron2's and timm's whose weights and statistics are buffers.
+_NAMED: dict[str, type[Layer]] = {
+    "BatchNormAct2d": BatchNorm2d,
+    "BatchNormAct3d": BatchNorm3d,
+    "FrozenBatchNorm2d": BatchNorm2d,
+    "FrozenBatchNormAct2d": BatchNorm2d,
+}
+_SETTINGS = [name for name in Layer.__annotations__ if not name.startswith("_")]
+_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 
 # Batch norm layers that would go on following the batches.
 _UNKNOWN = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 
 
-def freeze(model: nn.Module) -> nn.Module:
+class Row(NamedTuple):
+    """What has become of a layer."""
+
+    name: str
+    what: str  # "fused", "replaced" or "left"
+    into: str  # what a fused one computes besides
+    why: str  # one is not fused
+
+
+class Report:
+    """What `convert` did, layer by layer; `print` shows it as a table.
+
+    Attributes:
+        rows: (name, what, into, why) of each layer, in the order of ``model.named_modules()``.
+            `what` is "fused", "replaced" or "left".
+        counts: how many there are of each.
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.counts = Counter(row.what for row in rows)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{self.counts[what]} {what}" for what in ("fused", "replaced", "left"))
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [
+            f"  {row.name:{width}}  {row.what:8}  {row.into or row.why}".rstrip()
+            for row in self.rows
+        ]
+        return "\n".join([f"{len(self.rows)} batch norms: {numbers}", *lines])
+
+
+@overload
+def convert(model: Model, *, fuse: bool = True, report: Literal[False] = False) -> Model: ...
+@overload
+def convert(model: Model, *, fuse: bool = True, report: Literal[True]) -> tuple[Model, Report]: ...
+def convert(
+    model: Model, *, fuse: bool = True, report: bool = False
+) -> Model | tuple[Model, Report]:
+    """Makes the batch norm layers of a model tribn's, and fuses them with what follows each.
+
+    Replaced are torch.nn's BatchNorm1d, 2d, 3d, their lazy ones and SyncBatchNorm, timm's
+    BatchNormAct2d with an activation that tribn has, and FrozenBatchNorm2d as torchvision and timm
+    have it, which stays frozen. They stay the objects they are, with parameters, state_dict, hooks
+    and modes. Subclasses are left.
+
+    Fused are a batch norm, an addition and an activation of tribn's, or two of these in this order,
+    if forward shows that nothing else uses what is between, wherever they are called: neighbours in
+    a Sequential, modules, functions, methods, operators, in place or not; and across modules, if
+    one ends with the batch norm. Forwards run on stand-ins for their inputs, by torch.fx, one
+    module at a time; one that does more than a graph tells is left as it is.
+
+    The modules stay, and so does what the model prints. A module whose forward was rewritten is of
+    a subclass with the same name, whose forward passes the activation and the residual to the batch
+    norm. It computes one after another when a hook would see the difference, when shapes or dtypes
+    of a sum differ, and when what is fused was replaced. So layers and activations may be shared.
+
+    Args:
+        model: any module; its layers are changed in place.
+        fuse: False only replaces layers.
+        report: also return what was done, layer by layer.
+
+    Returns:
+        The model; with ``report=True`` the model and a `Report`.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    from tribn.fuse import Fusion, unfuse  # takes half as long to import as all the rest
+
+    _check_model(model)
+    unfuse(model)
+    why = {layer: _problem(layer) for layer in model.modules() if _is_batch_norm(layer)}
+    for layer, problem in why.items():
+        if not problem:
+            _own(layer)
+    fusion = Fusion(model) if fuse else None
+    if not report:
+        return model
+    rows = []
+    for name, layer in model.named_modules():
+        if layer in why:
+            into = list(fusion.fused.get(layer, ())) if fusion else []
+            if isinstance(layer, Layer) and layer.activation.name and not why[layer]:  # timm's
+                into.append(str(layer.activation))
+            what = "fused" if into else "left" if why[layer] else "replaced"
+            reason = why[layer]
+            if fusion and not reason and not into:
+                reason = fusion.why.get(layer, "no call of it was found")
+            rows.append(Row(name or "model", what, "; ".join(into), "" if into else reason))
+    return model, Report(rows)
+
+
+def revert(model: Model) -> Model:
+    """Undoes `convert`: gives the layers and modules of a model the classes they had.
+
+    Layers that were made as tribn's become torch.nn's if these can do the same.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: a layer does what torch.nn's cannot; the model is unchanged.
+    """
+    from tribn.fuse import unfuse
+
+    _check_model(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Layer):
+            _check_revert(name or "itself", layer)
+    unfuse(model)
+    for layer in list(_layers(model)):
+        cls, _, added = _origin(layer)
+        for setting in (*_SETTINGS, *added, "_tribn_origin"):
+            vars(layer).pop(setting, None)
+        if added:
+            del layer._buffers["num_batches_tracked"]
+        if cls is not nn.SyncBatchNorm:
+            vars(layer).pop("process_group", None)
+        layer.__class__ = cls  # type: ignore[assignment]
+    return model
+
+
+def freeze(model: Model) -> Model:
     """Makes every batch norm layer use its running statistics, also after ``model.train()``.
 
     torch.nn's BatchNorm1d, 2d, 3d and SyncBatchNorm become tribn's, with the same parameters,
@@ -31,7 +187,7 @@ def freeze(model: nn.Module) -> nn.Module:
     FrozenBatchNorm2d writes them, load into the layers.
 
     Returns:
-        The model, or the layer in its place if the model is a single one of torch.nn's.
+        The model.
 
     Raises:
         ValueError: a layer has no running statistics, or is one of torch.nn's lazy ones; the model
@@ -48,20 +204,22 @@ def freeze(model: nn.Module) -> nn.Module:
                 f"layer {name or type(layer).__name__} was made with track_running_stats=False: it "
                 "has no running statistics to be frozen with"
             )
-    model = _replace(model, _own, {})
+    for layer in model.modules():
+        if type(layer) in _OWN:
+            _own(layer)
     for layer in _layers(model):
         layer.frozen = True
     return model
 
 
-def unfreeze(model: nn.Module) -> nn.Module:
+def unfreeze(model: Model) -> Model:
     """Makes every layer that `freeze` froze follow ``model.train()`` again; returns the model."""
     for layer in _layers(model):
         layer.frozen = False
     return model
 
 
-def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
     """Makes the batch norm layers of a model `SyncBatchNorm`.
 
     tribn's BatchNorm1d, 2d and 3d, and torch.nn's and its SyncBatchNorm, keep parameters,
@@ -72,54 +230,107 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         process_group: see `SyncBatchNorm`.
 
     Returns:
-        The model, or the layer in its place if the model is a single one of torch.nn's.
+        The model.
 
     Raises:
         ValueError: a layer is lazy and has seen no input; the model is unchanged.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, LazyModuleMixin) and isinstance(
-            layer, nn.modules.batchnorm._LazyNormBase
-        ):
+        if isinstance(layer, nn.modules.batchnorm._LazyNormBase):
             raise ValueError(
                 f"layer {name or 'itself'} is a {type(layer).__name__} that has seen no input: "
                 "call the model once, so that it knows its channels"
             )
-
-    def synchronize(module: nn.Module) -> nn.Module:
-        layer = _own(module)
-        if type(layer) in (*_OWN.values(), SyncBatchNorm):
+    for layer in list(model.modules()):
+        if type(layer) in _OWN:
+            _own(layer)
+        if isinstance(layer, Layer) and type(layer) in _OWN.values():
+            vars(layer).setdefault("_tribn_origin", _origin(layer))
             layer.__class__ = SyncBatchNorm
             layer.process_group = process_group
-        return layer
-
-    return _replace(model, synchronize, {})
+    return model
 
 
 def _layers(model: nn.Module) -> Iterator[Layer]:
     return (layer for layer in model.modules() if isinstance(layer, Layer))
 
 
-def _replace(
-    module: nn.Module,
-    change: Callable[[nn.Module], nn.Module],
-    done: dict[nn.Module, nn.Module],
-) -> nn.Module:
-    """The module with every one below it changed, one that occurs twice once."""
-    if module not in done:
-        done[module] = change(module)
-        for name, child in module._modules.items():
-            if child is not None:
-                done[module]._modules[name] = _replace(child, change, done)
-    return done[module]
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
 
 
-def _own(module: nn.Module) -> nn.Module:
-    """tribn's layer in place of one of torch.nn's, sharing all it holds."""
-    cls = _OWN.get(type(module))
-    if cls is None:
-        return module
-    layer = cls(1, device="meta")
-    # What torch.nn's layer has, its hooks and whatever was set on it, and what it does not have.
-    vars(layer).update(vars(module))
-    return layer
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ in _NAMED
+
+
+def _problem(layer: nn.Module) -> str:
+    """Why a batch norm layer cannot become tribn's, or is."""
+    cls = type(layer)
+    if isinstance(layer, Layer):
+        return "tribn's already"
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    if cls in _OWN:
+        try:
+            BatchNorm1d(1, layer.eps, layer.momentum, device="meta")  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return ""
+    if cls.__name__ not in _NAMED:
+        return f"a subclass, {cls.__name__}"
+    if not isinstance(layer, nn.modules.batchnorm._BatchNorm) and not (
+        hasattr(layer, "eps") and layer._buffers.keys() >= set(_BUFFERS)
+    ):
+        return f"a {cls.__name__} without the buffers {', '.join(_BUFFERS)} or without eps"
+    if "Act" in cls.__name__:
+        drop, act = (layer._modules.get(name) for name in ("drop", "act"))
+        if type(drop) is not nn.Identity or watched(drop):
+            return f"drops values by {drop}"
+        if act is None or watched(act) or (type(act) is not nn.Identity and not of_module(act)):
+            return f"its activation is {act}"
+    return ""
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    """What tribn's layer has besides, to compute the same."""
+    act = layer._modules.get("act")
+    frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    template = BatchNorm1d(1, activation=act, device="meta")
+    template.frozen = frozen
+    return {name: getattr(template, name) for name in _SETTINGS}
+
+
+def _own(layer: nn.Module) -> None:
+    """Makes one of the layers without a problem tribn's."""
+    cls, settings = type(layer), _settings(layer)
+    if cls not in _OWN:
+        added = {}
+        if settings["frozen"]:
+            # Neither does it count batches, nor do its checkpoints.
+            layer._buffers["num_batches_tracked"] = None
+            added = {"momentum": 0.1, "affine": True, "track_running_stats": False}
+            added["num_features"] = len(layer.weight)  # type: ignore[arg-type]
+            added = {name: value for name, value in added.items() if name not in vars(layer)}
+        vars(layer).update(added, _tribn_origin=(cls, settings, tuple(added)))
+    layer.__class__ = _OWN.get(cls) or _NAMED[cls.__name__]
+    vars(layer).update(settings)
+
+
+def _origin(layer: Layer) -> tuple[type[nn.Module], dict[str, Any], tuple[str, ...]]:
+    """The class that a layer had or may get, what it has besides to be the same, what was added."""
+    plain = (_THEIRS.get(type(layer), type(layer)), _settings(nn.BatchNorm1d(1, device="meta")), ())
+    return vars(layer).get("_tribn_origin", plain)  # type: ignore[no-any-return]
+
+
+def _check_revert(name: str, layer: Layer) -> None:
+    cls, settings, _ = _origin(layer)
+    if issubclass(cls, Layer):
+        raise ValueError(f"layer {name} is a {cls.__name__}, which torch.nn does not have")
+    for setting, value in settings.items():
+        given = getattr(layer, setting)
+        if given != value and setting not in ("memory", "stats_dtype"):
+            raise ValueError(
+                f"layer {name} has {setting}={given}: {cls.__name__} computes what tribn's does "
+                f"with {setting}={value}; change it first"
+            )

@@ -49,6 +49,14 @@ def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
             setattr(module, name, old.to(new.device))
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def watched(module: torch.nn.Module) -> bool:
+    """Whether hooks see or change what goes into the module or comes out of it."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
 class Layer(torch.nn.modules.batchnorm._BatchNorm):
     """What all batch norm layers have in common."""
 
@@ -123,6 +131,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        activation: str | torch.nn.Module | Activation | None = None,
     ) -> Tensor:
         """Normalizes the input, and applies what the layer was made with besides.
 
@@ -170,7 +179,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.eps,
             channel_axis=self.channel_axis,
             num_batches_tracked=num_batches_tracked if batch and tracked else None,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             order=self.order,
             residual=residual,
             mask=mask,
@@ -212,8 +221,12 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         _restore(self, kept)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.running_mean is not None and self.num_batches_tracked is None:
+            state_dict.pop(f"{prefix}num_batches_tracked", None)  # torchvision's frozen ones do so
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, statistic in self._kept().items():  # loading may put others in their place
             self._buffers[name] = statistic.to(self.stats_dtype)
 

@@ -1,0 +1,251 @@
+"""Which forwards a trace tells, and what is looked at again before it is used."""
+
+import copy
+import pickle
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from cases import runs_no_kernel
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+runs_no_kernel()
+
+from tribn.trace import Guard, Refused, trace, watching
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -dy
+
+
+def net(forward, **values):
+    """A module with this forward and these attributes."""
+    model = type("Net", (nn.Module,), {"forward": forward})()
+    model.bn = nn.BatchNorm1d(3)
+    for name, value in values.items():
+        setattr(model, name, value)
+    return model
+
+
+def traced(module):
+    with watching():
+        return trace(module)
+
+
+def swallows(self, x):
+    try:
+        positive = bool(x.sum() > 0)
+    except Exception:
+        positive = True
+    return self.bn(x) if positive else x
+
+
+def counts(self, x):
+    self.count += 1
+    return self.bn(x)
+
+
+def appends(self, x):
+    self.seen.append(1)
+    return self.bn(x)
+
+
+def prints(self, x):
+    print("forward")
+    return self.bn(x)
+
+
+def without_gradient(self, x):
+    with torch.no_grad():
+        return self.bn(x)
+
+
+def mixed(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.bn(x)
+
+
+def loops(self, x):
+    for row in x:
+        x = self.bn(row)
+    return x
+
+
+def asks_for_a_type(self, x):
+    y = self.bn(x)
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def as_dictionary(self, x):
+    return self.bn(**x)
+
+
+def writes(self, x):
+    y = self.bn(x)
+    y[0] = x
+    return y
+
+
+class Output(dict):
+    pass
+
+
+elsewhere = nn.BatchNorm1d(3)
+
+REFUSED = {
+    "depends on the value": lambda self, x: self.bn(x) if x.sum() > 0 else x,
+    "depends on the value or the shape": lambda self, x: self.bn(x) if x.shape[0] > 1 else x,
+    "depends on the value or": swallows,
+    "loops over a value": loops,
+    "takes a dictionary apart": as_dictionary,
+    "asks for the type of a value": asks_for_a_type,
+    "asks for the type of": lambda self, x: checkpoint(self.bn, self.bn(x), use_reentrant=False),
+    "calls an autograd function": lambda self, x: self.bn(Reverse.apply(x)),
+    "sets an attribute": counts,
+    "changes values of its own": appends,
+    "prints": prints,
+    "changes a mode": without_gradient,
+    "changes a mode, such as": mixed,
+    "asks whether gradients": lambda self, x: self.bn(x) if torch.is_grad_enabled() else x,
+    "draws random numbers": lambda self, x: self.bn(x) if torch.rand(()) < 0.5 else x,
+    "draws random": lambda self, x: self.bn(x) if random.random() < 0.5 else x,
+    "draws": lambda self, x: self.bn(x) if np.random.rand() < 0.5 else x,
+    "makes a tensor of its own": lambda self, x: self.bn(x) * torch.ones(3),
+    "makes a Output": lambda self, x: Output(y=self.bn(x)),
+    "takes \\*x": lambda self, *x: self.bn(x[0]),
+    "raises KeyError": lambda self, **x: self.bn(x["x"]),
+    "takes x by name alone": lambda self, *, x: self.bn(x),
+    "calls a BatchNorm1d that is no": lambda self, x: elsewhere(x),
+    "reads eps of a BatchNorm1d that": lambda self, x: self.bn(x) * elsewhere.eps,
+    "reads settings.bn, a BatchNorm1d": lambda self, x: self.settings.bn(x),
+    "reads plain, a tensor": lambda self, x: self.bn(x) if self.plain > 0 else x,
+    "sets settings.rate": lambda self, x: setattr(self.settings, "rate", 1) or self.bn(x),
+    "raises ZeroDivisionError": lambda self, x: self.bn(x) / (1 // 0),
+    "raises TypeError": writes,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_a_graph_does_not_tell_is_refused(reason, capsys):
+    settings = SimpleNamespace(bn=elsewhere, rate=0)
+    model = net(REFUSED[reason], count=0, seen=[], settings=settings, plain=torch.ones(()))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(Refused, match=reason):
+        traced(model)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert [m.training for m in model.modules()] == modes
+    assert model.count == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_nothing_is_left_of_tracing():
+    before = nn.Module.__setattr__, torch.autograd.Function.apply, torch.is_grad_enabled
+    traced(net(lambda self, x: self.bn(x)))
+    assert "__getattribute__" not in vars(nn.Module)
+    assert before == (nn.Module.__setattr__, torch.autograd.Function.apply, torch.is_grad_enabled)
+
+
+def guards(module):
+    return {(*guard.path, guard.name): guard.value for t in traced(module) for guard in t.guards}
+
+
+def test_what_is_read_is_guarded():
+    def forward(self, x):
+        if self.skip is None and self.bn.affine:
+            x = F.dropout(x, self.rate) * len(self.widths)
+        for module in self.parts:
+            x = module(x)
+        return self.act(self.norm(x)) * self.settings.scale
+
+    model = net(
+        forward,
+        skip=None,
+        rate=0.5,
+        widths=[1, (2, 3)],
+        act=F.relu,
+        unread=1,
+        parts=nn.ModuleList([nn.Identity()]),
+        settings=SimpleNamespace(scale=2.0, unread=1),
+    )
+    type(model).norm = lambda self, x: self.bn(x)
+    assert guards(model) == {
+        ("skip",): None,
+        ("bn", ""): True,
+        ("bn", "affine"): True,
+        ("parts", ""): True,
+        ("rate",): 0.5,
+        ("widths",): [1, (2, 3)],
+        ("act",): F.relu,
+        ("parts", "_modules"): ("0",),
+        ("settings.scale",): 2.0,
+    }
+    (t,) = traced(model)
+    bn = model.bn
+
+    def holds():
+        return all(guard.holds(model) for guard in t.guards)
+
+    assert holds()
+    for change, undo in (
+        (lambda: setattr(model, "skip", 1), lambda: setattr(model, "skip", None)),
+        (lambda: setattr(model, "rate", 0.1), lambda: setattr(model, "rate", 0.5)),
+        (lambda: model.widths.append(1), lambda: model.widths.pop()),
+        (lambda: setattr(model, "act", F.silu), lambda: setattr(model, "act", F.relu)),
+        (lambda: model.parts.append(nn.ReLU()), lambda: model.parts.pop(1)),
+        (
+            lambda: setattr(model.settings, "scale", 2),
+            lambda: setattr(model.settings, "scale", 2.0),
+        ),
+        (lambda: delattr(model, "rate"), lambda: setattr(model, "rate", 0.5)),
+        (lambda: setattr(model, "bn", None), lambda: setattr(model, "bn", bn)),
+        (lambda: delattr(model, "bn"), lambda: setattr(model, "bn", bn)),
+    ):
+        change()
+        assert not holds()
+        undo()
+        assert holds()
+    model.unread = model.settings.unread = 2
+    assert holds()
+    assert all(g.holds(copy.deepcopy(model)) for g in pickle.loads(pickle.dumps(t.guards)))
+    assert not Guard(("nowhere",), "rate", 0.5).holds(model)
+
+
+def test_both_modes_are_traced_if_the_mode_is_read():
+    assert len(traced(net(lambda self, x: self.bn(x)))) == 1
+    model = net(lambda self, x: F.dropout(self.bn(x), 0.5, self.training)).eval()
+    model.bn.train()
+    evaluation, training = traced(model)
+    assert "training = False" in evaluation.graph.python_code("self").src
+    assert "training = True" in training.graph.python_code("self").src
+    assert not model.training
+    assert model.bn.training
+
+
+def test_operators_in_place_are_in_place():
+    def forward(self, x):
+        x = x * 1
+        kept = x
+        x += 1
+        x -= 2
+        x *= 3
+        x /= 2
+        return kept
+
+    (t,) = traced(net(forward))
+    scope = {}
+    exec(t.graph.python_code("self").src, scope)
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(scope["forward"](None, x), (x - 1) * 1.5)
