@@ -223,6 +223,39 @@ def test_module_equals_one_of_one_process(name, pool):
             assert torch.equal(value, results[0][1][key]), key
 
 
+def skipped(rank):
+    """A channel in which one rank has infinity leaves its statistics alone, on all ranks."""
+    layer = tribn.SyncBatchNorm(3, nonfinite="skip")
+    x = torch.randn(4, 3, 5)
+    x[0, 1, 0] = torch.inf if rank == 2 else 0
+    y = layer(x)
+    return y, layer.running_mean, layer.running_var, layer.num_batches_tracked
+
+
+def test_what_is_not_finite_on_one_rank_moves_nothing_on_any(pool):
+    for y, mean, var, counter in pool(skipped):
+        assert (mean[1], var[1], counter) == (0, 1, 1)
+        assert mean[[0, 2]].all()
+        assert (var[[0, 2]] != 1).all()
+        assert not y[:, 1].isfinite().any()
+        assert y[:, [0, 2]].isfinite().all()
+
+
+def nothing(rank):
+    layer = tribn.SyncBatchNorm(3)
+    x = torch.randn(0, 3, 5, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert not layer.weight.grad.any()
+    assert not layer.num_batches_tracked
+    assert torch.equal(layer.running_var, torch.ones(3))
+
+
+def test_nothing_on_all_ranks_is_no_batch(pool):
+    pool(nothing)
+
+
 def test_signature_is_torchs_and_then_keywords():
     ours, theirs = (
         list(inspect.signature(cls).parameters.values())
