@@ -69,9 +69,18 @@ def test_two_launches_read_the_input_twice(explained, device, kernels, monkeypat
     assert "1.67 times the least possible" in text
 
 
-def test_neither_module_nor_tensor():
-    with pytest.raises(TypeError, match="call is a list: it must be a module or a tensor"):
-        tribn.explain([1.0])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([[1.0]], "call is a list: it must be a module or a tensor"),
+        ([tribn.BatchNorm1d(3)], "input is missing: it follows the module"),
+        ([torch.nn.LSTM(3, 3), torch.randn(2, 3)], "call gives a tuple: it must give a tensor"),
+    ],
+)
+def test_what_cannot_be_explained(args, message):
+    with pytest.raises(TypeError, match=message):
+        tribn.explain(*args)
+    assert launch.launches is None
 
 
 def test_launches_are_not_recorded_after_an_error(device):

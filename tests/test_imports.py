@@ -14,6 +14,7 @@ ROOT = Path(tribn.__file__).parent
 
 # A module imports only from those behind it.
 ORDER = [
+    "__main__",
     "explain",
     "convert",
     "fuse",
@@ -21,7 +22,11 @@ ORDER = [
     "statistics",
     "nn",
     "functional",
+    "export",
+    "transforms",
     "autograd",
+    "vmap",
+    "formula",
     "ops",
     "kernels",
     "reference",
@@ -88,7 +93,7 @@ def python(code, *flags, interpret="0"):
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_import_brings_no_triton_along(interpret):
     new = python(
-        "import sys, torch; before = set(sys.modules); import tribn;"
+        "import sys, torch; before = set(sys.modules); import tribn, tribn.__main__;"
         "print(*set(sys.modules) - before, file=sys.stderr)",
         interpret=interpret,
     ).split()
@@ -120,10 +125,9 @@ def test_kernels_without_triton_say_what_to_install():
     assert "pip install triton" in said
 
 
-def test_import_takes_at_most_50_ms_over_torch():
-    def milliseconds():
-        report = python("import torch, tribn", "-X", "importtime").splitlines()
-        (line,) = (line for line in report if line.split("|")[-1].strip() == "tribn")
-        return int(line.split("|")[1]) / 1000  # cumulative; torch is loaded already
-
-    assert min(milliseconds() for _ in range(5)) <= 50  # other processes only add to it
+def test_import_takes_at_most_50_ms_over_torch(monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    code = "import sys, time, torch; start = time.process_time(); import tribn;"
+    code += "print(time.process_time() - start, file=sys.stderr)"
+    # Of the processor's time: other processes take their own. The first time compiles.
+    assert min(float(python(code)) for _ in range(5)) <= 0.05

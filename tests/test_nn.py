@@ -182,6 +182,40 @@ def test_constructor_refuses_bad_options(kind, lazy, options, message):
         ours(kind, lazy)(*() if lazy else (3,), **options)
 
 
+@KINDS
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[
+            ({"dtype": dtype}, f"dtype is {dtype}: it must be float16, bfloat16, float32 or ")
+            for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn, "float32")
+        ],
+        ({"bias": 1}, "bias is 1: it must be True or False"),
+        ({"affine": None}, "affine is None: it must be True or False"),
+        ({"eps": "1e-5"}, "eps is '1e-5': it must be a number"),
+    ],
+    **ids,
+)
+def test_constructor_refuses_other_types(kind, lazy, options, message):
+    with pytest.raises(TypeError, match=message):
+        ours(kind, lazy)(*() if lazy else (3,), **options)
+
+
+@KINDS
+@pytest.mark.parametrize("lazy", [False, True])
+def test_other_ranks_are_refused(kind, lazy, device):
+    ranks = {"1d": (2, 3), "2d": (4,), "3d": (5,)}[kind]
+    layer = ours(kind, lazy)(*() if lazy else (4,), device=device)
+    taken = " or ".join(map(str, ranks))
+    for rank in {2, 3, 4, 5, 6} - {*ranks}:
+        message = rf"input has shape \(4, .*\): {type(layer).__name__} takes {taken} axes"
+        with pytest.raises(ValueError, match=message):
+            layer(torch.randn([4] * rank, device=device))
+    for rank in ranks:
+        assert layer(torch.randn([4] * rank, device=device)).dim() == rank
+
+
 # Behaviour
 
 

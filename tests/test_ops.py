@@ -3,7 +3,7 @@ the dispatcher is left out."""
 
 import pytest
 import torch
-from cases import BF16, EPS, F16, F32, F64, LAYOUTS, PLAIN, strides
+from cases import BF16, EPS, F16, F32, F64, INTERPRET, LAYOUTS, PLAIN, strides
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +12,8 @@ from tribn import ops, reference
 
 RELU, SILU = ("relu", 0.0, 0.0, False), ("silu", 0.0, 0.0, False)
 TANH_FIRST = ("tanh", 0.0, 0.0, True)
-EVERY = [True, True, True, True]
+LEAKY = ("leaky_relu", 0.1, 0.0, False)  # undone from the output
+EVERY, ALONE = [True, True, True, True], [True, True, True, False]
 
 
 def calls(shape):
@@ -41,6 +42,7 @@ def calls(shape):
         ((dy.double(), x, *wider, weight, *absent, mask, count), True, TANH_FIRST, F32, F64, EVERY),
         ((dy, *frozen, None, bits, *absent[:2]), False, RELU, F16, F32, [True, False, True, True]),
         ((dy, *frozen, None, None, mask, None), False, PLAIN, F32, F32, [True, False, False, True]),
+        ((dy, x, *statistics, weight, bias, *absent, None), True, LEAKY, F32, None, ALONE),
     ]
     yield ops.batch_stats, (x, mask, 1)
     for arguments in train:
@@ -48,7 +50,7 @@ def calls(shape):
     for arguments in evaluate:
         yield ops.batch_norm_eval, arguments
     for tensors, training, activation, *dtypes, wanted in backward:
-        rest = (EPS, training, 1, *activation, False, *dtypes, wanted)
+        rest = (EPS, training, 1, *activation, activation == LEAKY, *dtypes, wanted)
         yield ops.batch_norm_backward, (*tensors, *rest)
 
 
@@ -56,6 +58,33 @@ def calls(shape):
 def test_operators_are_what_their_schemas_and_fakes_say(shape):
     for operator, arguments in calls(shape):
         torch.library.opcheck(operator, arguments)
+
+
+def test_operators_called_directly_have_gradients(device):
+    """As they are in exported graphs."""
+    torch.manual_seed(0)
+    x, residual, dy = torch.randn(3, 4, 3, 2, dtype=F64, device=device)
+    weight, bias, mean, var = torch.rand(4, 3, dtype=F64, device=device)
+    rest = (EPS, 1, *SILU, True)
+
+    def train(x, weight, bias, residual):
+        states = (None, None, None, 0.1, 1, False)
+        return ops.batch_norm_train(x, weight, bias, residual, None, *states, *rest)[0]
+
+    def evaluate(x, weight, bias, residual):
+        return ops.batch_norm_eval(x, mean, var, weight, bias, residual, None, *rest)[0]
+
+    inputs = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    for function in (train, evaluate):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=INTERPRET)
+    y = train(*inputs)
+    dx, *_ = torch.autograd.grad(y, inputs, dy, create_graph=True)
+    of_x = x.detach().mean((0, 2)), x.detach().var((0, 2), correction=0)
+    tensors = (dy, x, *of_x, weight, bias, residual, None, None, None)
+    direct, *_ = ops.batch_norm_backward(*tensors, EPS, True, 1, *SILU, False, F64, F64, EVERY)
+    expected, found = (torch.autograd.grad(g, inputs, dy, retain_graph=True) for g in (dx, direct))
+    torch.testing.assert_close(found, expected)
+    assert not ops.batch_stats(x, None, 1)[0].requires_grad
 
 
 SHAPES = [(3, 5, 9), (2, 8, 16), (2, 3, 7), (17, 6), (16, 24), (1, 1, 1), (2, 1, 9), (5, 1)]

@@ -138,12 +138,14 @@ def test_input_is_differentiable_and_not_modified(device):
     assert not any(buffer.requires_grad for buffer in scaler.buffers())
 
 
-@pytest.mark.parametrize("method", ["partial_fit", "forward", "inverse"])
+@pytest.mark.parametrize(
+    ("method", "name"), [("partial_fit", "batch"), ("forward", "x"), ("inverse", "z")]
+)
 @pytest.mark.parametrize("shape", [(5, 3), (0, 3), (4,), (5, 1), ()])
-def test_bad_shapes_raise_and_change_nothing(method, shape, device):
+def test_bad_shapes_raise_and_change_nothing(method, name, shape, device):
     scaler = StandardScaler(4, device=device)
     before = {name: tensor.clone() for name, tensor in scaler.state_dict().items()}
-    with pytest.raises(ValueError, match="input has shape"):
+    with pytest.raises(ValueError, match=f"{name} has shape"):
         getattr(scaler, method)(torch.ones(shape, device=device))
     assert all(torch.equal(v, before[k]) for k, v in scaler.state_dict().items())
 

@@ -139,11 +139,17 @@ def test_a_large_mean_does_not_spoil_the_variance():
 
 
 @pytest.mark.parametrize(
-    "model",
-    [nn.ReLU(), nn.BatchNorm2d(3), tribn.LazyBatchNorm2d(), tribn.freeze(tribn.BatchNorm2d(3))],
+    ("model", "message"),
+    [
+        (nn.ReLU(), "model is a ReLU without a tribn layer .*: put one in"),
+        (nn.BatchNorm2d(3), "model is a BatchNorm2d without a tribn layer .*: put one in"),
+        (tribn.freeze(tribn.BatchNorm2d(3)), "model is .*, or unfreeze the model"),
+        (tribn.LazyBatchNorm2d(), "layer itself is lazy: call the model once"),
+        (nn.Sequential(tribn.BatchNorm2d(3), nn.LazyBatchNorm2d()), "layer 1 is lazy"),
+    ],
 )
-def test_nothing_to_set_is_an_error(model):
-    with pytest.raises(ValueError, match=r"model has "):
+def test_nothing_to_set_is_an_error(model, message):
+    with pytest.raises(ValueError, match=message):
         tribn.update_stats(model, batches())
 
 

@@ -67,16 +67,6 @@ def _relu6_backward(dy: Tensor, z: Tensor) -> Tensor:
     return torch.where((z <= 0) | (z >= 6), 0, dy)
 
 
-def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return dy * (s * (1 + z * (1 - s)))
-
-
-def _mish_backward(dy: Tensor, z: Tensor) -> Tensor:
-    t = torch.tanh(F.softplus(z))
-    return dy * (t + z * torch.sigmoid(z) * (1 - t * t))
-
-
 def _hardsigmoid_backward(dy: Tensor, z: Tensor) -> Tensor:
     return torch.where((z > -3) & (z < 3), dy / 6, 0)
 
@@ -85,9 +75,9 @@ def _kind(module: type[nn.Module], function: Any, backward: Any, **parameters: f
     return Kind(module, function, backward, parameters)
 
 
-# `tribn.kernels.activation` has the device functions of the same names. Gradients can be
-# differentiated again; torch's own operators cannot for silu, mish and hardsigmoid. And that of
-# relu6 is not the same for every NaN on a CPU.
+# `tribn.kernels.activation` has the device functions of the same names. Functions can be
+# differentiated twice, which torch's hardsigmoid cannot; its gradient has 1/6 in float32 besides,
+# and that of relu6 is not the same for every NaN on a CPU.
 KINDS: dict[str, Kind] = {
     "relu": _kind(
         nn.ReLU, lambda z, p, q: F.relu(z), lambda dy, z, p, q: aten.threshold_backward(dy, z, 0)
@@ -117,8 +107,12 @@ KINDS: dict[str, Kind] = {
         lambda z, p, q: F.gelu(z, approximate="tanh"),
         lambda dy, z, p, q: aten.gelu_backward(dy, z, approximate="tanh"),
     ),
-    "silu": _kind(nn.SiLU, lambda z, p, q: F.silu(z), lambda dy, z, p, q: _silu_backward(dy, z)),
-    "mish": _kind(nn.Mish, lambda z, p, q: F.mish(z), lambda dy, z, p, q: _mish_backward(dy, z)),
+    "silu": _kind(
+        nn.SiLU, lambda z, p, q: F.silu(z), lambda dy, z, p, q: aten.silu_backward(dy, z)
+    ),
+    "mish": _kind(
+        nn.Mish, lambda z, p, q: F.mish(z), lambda dy, z, p, q: aten.mish_backward(dy, z)
+    ),
     "sigmoid": _kind(
         nn.Sigmoid,
         lambda z, p, q: torch.sigmoid(z),
@@ -143,7 +137,7 @@ KINDS: dict[str, Kind] = {
     ),
     "hardsigmoid": _kind(
         nn.Hardsigmoid,
-        lambda z, p, q: F.hardsigmoid(z),
+        lambda z, p, q: F.relu6(z + 3) / 6,
         lambda dy, z, p, q: _hardsigmoid_backward(dy, z),
     ),
 }

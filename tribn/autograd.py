@@ -11,15 +11,18 @@ Kept for backward are two (C,) statistics, weight and bias, and of what is as la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tribn import ops
 from tribn.activation import Activation
-from tribn.reference import accumulator, unpack
+from tribn.formula import NAMES, Formula, Tensors, named, pull, push
+from tribn.reference import accumulator
+from tribn.vmap import Dims, fold, one_by_one, unfold
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -110,14 +113,14 @@ class BatchNormTrain(_Function):
             *(running_mean, running_var, num_batches_tracked, *options.forward),
         )
         kept = y if from_output else x
-        _save(
+        save(
             ctx, options, kept, mean, var, weight, bias, residual, bits, mask, count, y, from_output
         )
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy), *(None,) * 6
+        return *backward(ctx, dy), *(None,) * 6
 
 
 class BatchNormEval(_Function):
@@ -140,15 +143,15 @@ class BatchNormEval(_Function):
             *(ops.batch_norm_eval, plain, x, mean, var, weight, bias, residual, mask),
             *options.forward,
         )
-        _save(ctx, options, x, mean, var, weight, bias, residual, bits, mask, None, y, False)
+        save(ctx, options, x, mean, var, weight, bias, residual, bits, mask, None, y)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, dy), *(None,) * 5
+        return *backward(ctx, dy), *(None,) * 5
 
 
-def _save(
+def save(
     ctx: Any,
     options: Options,
     x: Tensor,
@@ -161,14 +164,17 @@ def _save(
     mask: Tensor | None,
     count: Tensor | None,
     y: Tensor,
-    from_output: bool,
-) -> None:
-    ctx.save_for_backward(
+    from_output: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Keeps what `backward` needs; returns what of it are tensors."""
+    kept = (
         *(x if options.keep_x else None, mean, var, weight, bias),
         *(residual if options.keep_residual else None, bits, mask, count),
     )
+    ctx.save_for_backward(*kept)
     residual_dtype = None if residual is None else residual.dtype
     ctx.facts = options, from_output, x.dtype, residual_dtype, y.stride(), x.stride()
+    return kept
 
 
 def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -188,7 +194,7 @@ def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
     return bool((size >= least).all())
 
 
-def _backward(ctx: Any, dy: Tensor) -> Grads:
+def backward(ctx: Any, dy: Tensor) -> Grads:
     options, from_output, dtype, residual_dtype, stride, kept_stride = ctx.facts
     needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
     tensors = ctx.saved_tensors
@@ -198,26 +204,18 @@ def _backward(ctx: Any, dy: Tensor) -> Grads:
     # Nothing happens to the residual's gradient without an activation behind it, or a mask.
     changed = mask is not None or (options.activation.name is not None and not options.act_first)
     wanted = [needs_x, needs_weight, needs_bias, needs_residual and changed]
-    if torch.is_grad_enabled():
-        if from_output:
-            raise RuntimeError(
-                "memory is 'inplace', which keeps no input: gradients of gradients need "
-                "memory='input'"
-            )
-        dx, dweight, dbias, dresidual = _differentiable_backward(
-            dy, *tensors, options=options, stride=stride, wanted=wanted
+    if x is None:  # dx takes its memory format from dy
+        dy = _with_stride(dy, stride)
+    rest = (from_output, dtype, residual_dtype, wanted)
+    dx: Tensor | None
+    if torch.is_grad_enabled() or transformed():
+        dx, dweight, dbias, dresidual = BatchNormBackward.apply(
+            *(dy, *tensors, *options.backward, *rest), stride
         )
-        if dx is not None:
-            dx = _with_stride(dx.to(dtype), stride)
-        if dresidual is not None:
-            dresidual = dresidual.to(residual_dtype)
     else:
-        if x is None:  # dx takes its memory format from dy
-            dy = _with_stride(dy, stride)
         plain = _plain(options.signature, [t for t in (dy, *tensors) if t is not None])
         dx, dweight, dbias, dresidual = ops.run(
-            *(ops.batch_norm_backward, plain, dy, *tensors, *options.backward),
-            *(from_output, dtype, residual_dtype, wanted),
+            *(ops.batch_norm_backward, plain, dy, *tensors, *options.backward, *rest)
         )
     if needs_residual and not changed:
         dresidual = dy.to(residual_dtype)
@@ -237,70 +235,80 @@ def _with_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x if x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
 
 
-def _differentiable_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: Tensor | None,
-    mask: Tensor | None,
-    count: Tensor | None,
-    *,
-    options: Options,
-    stride: tuple[int, ...],
-    wanted: list[bool],
-) -> Grads:
-    """The gradients by operations that can be differentiated again, for double backward."""
-    training, eps, axis, activation, act_first, *_ = options
-    dtype = accumulator(dy.dtype)
-    shape = [-1 if d == axis else 1 for d in range(dy.dim())]
-    others = [d for d in range(dy.dim()) if d != axis]
-    padding = None if mask is None else ~mask.unsqueeze(axis)
-    n = max(dy.numel() // max(dy.shape[axis], 1), 1) if count is None else count.clamp(min=1)
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
-    def inside(t: Tensor) -> Tensor:
-        return t if padding is None else t.masked_fill(padding, 0)
 
-    def per_channel(t: Tensor) -> Tensor:
-        return t.to(dtype).view(shape)
+class BatchNormBackward(torch.autograd.Function):
+    """The gradients by their operator, and theirs by the formula."""
 
-    g = inside(dy.to(dtype))
-    scale = (var.to(dtype) + eps).rsqrt()
-    xhat = source = None
-    if bits is not None:
-        like = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
-        source = unpack(bits, like, axis)
-    if x is not None:
-        a = inside(x.to(dtype))
-        if act_first:
-            source = a if source is None else source
-            a = inside(activation(a))
-        average = mean.to(dtype)
-        if training:
-            average = a.sum(others) / n
-            deviation = inside(a - per_channel(average))
-            scale = (deviation.square().sum(others) / n + eps).rsqrt()
-        xhat = inside(a - per_channel(average)) * per_channel(scale)
-        if activation.name and source is None:
-            source = xhat if weight is None else xhat * per_channel(weight)
-            source = source if bias is None else source + per_channel(bias)
-            source = source if residual is None else source + inside(residual.to(dtype))
-    if source is not None and not act_first:
-        g = inside(activation.backward(g, source))
-    dbias = g.sum(others)
-    dweight = None if xhat is None else (g * xhat).sum(others)
-    dx = g
-    if wanted[0]:
-        if training:
-            assert xhat is not None
-            assert dweight is not None
-            dx = dx - per_channel(dbias / n) - xhat * per_channel(dweight / n)
-        dx = dx * per_channel(scale if weight is None else scale * weight.to(dtype))
-        if source is not None and act_first:
-            dx = activation.backward(dx, source)
-        dx = inside(dx)
-    grads = (dx, dweight, dbias, g)
-    return tuple(t if w else None for t, w in zip(grads, wanted, strict=True))  # type: ignore[return-value]
+    @staticmethod
+    def forward(*args: Any) -> Grads:
+        return ops.batch_norm_backward(*args[:-1])  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:
+        ctx.save_for_backward(*inputs[:10])
+        ctx.save_for_forward(*inputs[:10])
+        ctx.facts = inputs[10:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = pull(*_gradients(ctx), named(*grads))
+        x, weight, bias, residual, dy = (found.get(name) for name in NAMES)
+        return dy, x, None, None, weight, bias, residual, *(None,) * 15
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        dy, x, _, _, weight, bias, residual, *_ = tangents
+        found = push(*_gradients(ctx), named(x, weight, bias, residual, dy))
+        return tuple(found.get(name) for name in NAMES[:4])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> Any:
+        B, axis, bits = info.batch_size, args[12], args[7]
+        if bits is not None or in_dims[8] is not None:  # bits lie packed, channels share the mask
+            return one_by_one(BatchNormBackward.apply, B, in_dims, args)
+        axes = axis, axis, 0, 0, 0, 0, axis  # of dy, x, mean, var, weight, bias, residual
+        folded = [fold(*of, B) for of in zip(args, in_dims, axes, strict=False)]
+        results = BatchNormBackward.apply(*folded, *args[len(axes) :])
+        out_dims = axis, 0, 0, axis
+        return tuple(unfold(*of, B) for of in zip(results, out_dims, strict=True)), out_dims
+
+
+def _gradients(ctx: Any) -> tuple[Callable[[Tensors], Tensors], Tensors]:
+    """What `BatchNormBackward` computes, as a function of tensors by name, and these."""
+    dy, x, mean, var, weight, bias, residual, bits, mask, count = ctx.saved_tensors
+    eps, training, axis, *act, act_first, from_output, dtype, residual_dtype, wanted, stride = (
+        ctx.facts
+    )
+    if from_output:
+        raise RuntimeError(
+            "memory is 'inplace', which keeps no input: gradients of gradients need memory='input'"
+        )
+    formula = Formula(
+        *(training, eps, axis, Activation(*act), act_first, mean, var, bits, mask, count),
+        *(dy.dtype, stride),
+    )
+    wider = accumulator(dy.dtype)
+    kinds = list(zip(NAMES, wanted, (dtype, wider, wider, residual_dtype), strict=False))
+
+    def gradients(tensors: Tensors) -> Tensors:
+        inputs = {name: t.to(wider) for name, t in tensors.items()}
+        dy = inputs.pop("dy")
+        for name, w, _ in kinds:  # what was not kept has no influence
+            if w or name == "x":
+                inputs.setdefault(name, torch.zeros_like(dy))
+        found = pull(formula.output, inputs, dy.to(formula.dtype))
+        return {name: found[name].to(dtype) for name, w, dtype in kinds if w}
+
+    return gradients, named(x, weight, bias, residual, dy)
+
+
+def _batch_norm_backward(dy: Tensor, x: Tensor | None, *args: Any) -> Any:
+    stride = (dy if x is None else x).stride()
+    return BatchNormBackward.apply(dy, x, *args, stride)
+
+
+ops.differentiate(ops.batch_norm_backward, _batch_norm_backward)

@@ -1,7 +1,5 @@
 """`tribn.explain`: what a batch norm does on the device that its input is on."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, cast
@@ -37,10 +35,10 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
         args, options: what else it is called with.
 
     Raises:
-        TypeError: `call` is neither.
+        TypeError: `call` is neither, lacks its input, or gives no tensor.
     """
     if isinstance(call, torch.nn.Module):
-        title, function = str(call), cast(Callable[..., Tensor], copy.deepcopy(call))
+        title, function = str(call), cast(Callable[..., Any], copy.deepcopy(call))
     elif isinstance(call, Tensor):
         title, function = "batch_norm", batch_norm
         names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -49,6 +47,8 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
         args = (call, *args[len(names) :])
     else:
         raise TypeError(f"call is a {type(call).__name__}: it must be a module or a tensor")
+    if not args and "input" not in options:
+        raise TypeError("input is missing: it follows the module, explain(module, input)")
     args = tuple(_copied(t, first=i == 0) for i, t in enumerate(args))
     options = {name: _copied(t, first=name == "input") for name, t in options.items()}
     x: Tensor = args[0] if args else options["input"]
@@ -64,6 +64,8 @@ def explain(call: torch.nn.Module | Tensor, *args: Any, **options: Any) -> None:
         launch.launches = forward
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = function(*args, **options)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"call gives a {type(y).__name__}: it must give a tensor")
         launch.launches = backward
         if y.requires_grad:
             y.backward(torch.ones_like(y))

@@ -1,7 +1,5 @@
 """Batch normalization as functions: signatures, validation and the policy of running statistics."""
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from numbers import Real
@@ -10,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tribn import ops
+from tribn import export, ops, transforms
 from tribn.activation import Activation, parse
-from tribn.autograd import BatchNormEval, BatchNormTrain, Options
+from tribn.autograd import BatchNormEval, BatchNormTrain, Options, transformed
+from tribn.export import exporting
+
+__all__ = ["batch_norm", "batch_stats"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATES = ("running_mean", "running_var", "num_batches_tracked")
@@ -97,23 +98,32 @@ def batch_norm(
         *(input, residual, mask, lengths, weight, bias),
         *(running_mean, running_var, num_batches_tracked),
     )
-    numbers = (
+    numbers: tuple[Any, ...] = (
         *(training, momentum, eps, channel_axis, parse(activation), order, nonfinite),
         *(correction, memory, torch.is_grad_enabled()),
     )
-    options, plain = _recall(tensors, numbers)
+    transform = transformed()
+    if transform or torch.compiler.is_compiling():
+        options, plain = _checked(None, *tensors, *numbers), False
+    else:
+        options, plain = _recall(tensors, numbers)
     if lengths is not None:
         mask = _mask(lengths, input, options.axis)
     if residual is not None and residual.dtype not in _DTYPES:
         residual = residual.to(input.dtype)
-    y: Tensor
+    state: tuple[Tensor | None, ...] = (running_mean, running_var)
     if training:
-        running = (None, None, None) if _computing_again() else tensors[-3:]
-        y = BatchNormTrain.apply(input, weight, bias, residual, mask, *running, options, plain)
+        state = (None,) * 3 if _computing_again() else (*state, num_batches_tracked)
+    inputs = (input, weight, bias, residual, mask, *state)
+    y: Tensor
+    if transform:
+        y, *_ = transforms.batch_norm(options, *inputs)
+    elif not plain and exporting():
+        y = export.batch_norm(options, *inputs)  # type: ignore[arg-type]
+    elif training:
+        y = BatchNormTrain.apply(*inputs, options, plain)
     else:
-        y = BatchNormEval.apply(
-            input, weight, bias, residual, mask, running_mean, running_var, options, plain
-        )
+        y = BatchNormEval.apply(*inputs, options, plain)
     return y
 
 
@@ -143,7 +153,7 @@ def batch_stats(
     _check_mask(mask, lengths, input, axis)
     if lengths is not None:
         mask = _mask(lengths, input, axis)
-    mean, var, count = ops.batch_stats(input.detach(), mask, axis)
+    mean, var, count = ops.batch_stats(input, mask, axis)
     return mean, var, count
 
 
@@ -170,8 +180,6 @@ def _signatures(*key: object) -> tuple[ops.Signature, ops.Signature]:
 
 def _recall(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Options, bool]:
     """The options, checked unless all is as in a call before, and whether the tensors are plain."""
-    if torch.compiler.is_compiling():
-        return _checked(None, *tensors, *numbers), False
     try:
         forward, backward = _signatures(tensors[0].shape, *map(type, tensors), *numbers)
     except (AttributeError, RuntimeError, TypeError):  # no dense tensor, or a number that is none
@@ -316,12 +324,15 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value.layout}: it must be dense; convert it with to_dense()")
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
+def check_dtype(name: str, dtype: object, remedy: str = "") -> None:
+    if dtype not in _DTYPES:
         raise TypeError(
-            f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64; "
-            f"convert it with {name}.float()"
+            f"{name} is {dtype}: it must be float16, bfloat16, float32 or float64{remedy}"
         )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_dtype(name, tensor.dtype, f"; convert it with {name}.float()")
 
 
 def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int:
@@ -336,7 +347,10 @@ def check_input(input: Tensor, channel_axis: int, training: bool = False) -> int
     if not isinstance(channel_axis, int) or isinstance(channel_axis, bool):
         raise TypeError(f"channel_axis is {channel_axis!r}: it must be an int")
     if not -rank <= channel_axis < rank:
-        raise ValueError(f"channel_axis is {channel_axis}: input has {rank} axes")
+        raise ValueError(
+            f"channel_axis is {channel_axis}: it must be in [{-rank}, {rank - 1}], since input has "
+            f"{rank} axes"
+        )
     axis = channel_axis % rank
     if training and input.numel() == input.shape[axis] > 0:
         raise ValueError(
@@ -356,8 +370,8 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
     _check_device("residual", residual, input)
     if residual.dtype not in _DTYPES and (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(
-            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64 or an "
-            "integer"
+            f"residual is {residual.dtype}: it must be float16, bfloat16, float32, float64, bool "
+            "or an integer; convert it with residual.to(input.dtype)"
         )
 
 
@@ -373,12 +387,14 @@ def _check_mask(mask: Tensor | None, lengths: Tensor | None, input: Tensor, axis
                 "must be (N,) for an input of N rows of one length; give a mask for others"
             )
         if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(f"lengths is {lengths.dtype}: it must be an integer")
+            raise TypeError(
+                f"lengths is {lengths.dtype}: it must be an integer; convert it with lengths.long()"
+            )
         _check_device("lengths", lengths, input)
     elif mask is not None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}: it must be bool")
+            raise TypeError(f"mask is {mask.dtype}: it must be bool; convert it with mask.bool()")
         if list(mask.shape) != shape:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}: for an input of shape {tuple(input.shape)} "
@@ -408,7 +424,9 @@ def _check_channels(name: str, tensor: Tensor, input: Tensor, axis: int) -> None
 def _check_counter(counter: Tensor, input: Tensor) -> None:
     check_tensor("num_batches_tracked", counter)
     if counter.dtype != torch.int64:
-        raise TypeError(f"num_batches_tracked is {counter.dtype}: it must be int64")
+        raise TypeError(
+            f"num_batches_tracked is {counter.dtype}: it must be int64; start with torch.tensor(0)"
+        )
     if counter.dim():
         raise ValueError(
             f"num_batches_tracked has shape {tuple(counter.shape)}: it must be a scalar"

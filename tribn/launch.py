@@ -3,8 +3,6 @@
 Standard library only, so that every plan can be computed, printed and tested on any machine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache

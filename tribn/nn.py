@@ -1,7 +1,6 @@
 """Batch normalization modules: subclasses of torch.nn's, constructor and forward only."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tribn.functional import (
     batch_norm,
     batch_stats,
     check_bool,
+    check_dtype,
     check_eps,
     check_floating,
     check_input,
@@ -23,12 +23,20 @@ from tribn.functional import (
     merge_stats,
 )
 
+Device = torch.device | str | int | None
+
 
 def _check_num_features(num_features: object) -> None:
     if not isinstance(num_features, int) or isinstance(num_features, bool):
         raise TypeError(f"num_features is {num_features!r}: it must be an int")
     if num_features < 0:
         raise ValueError(f"num_features is {num_features}: it must not be negative")
+
+
+def _check_dtype_and_bias(dtype: object, bias: object) -> None:
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    check_bool("bias", bias)
 
 
 def _restore(module: torch.nn.Module, kept: dict[str, Tensor]) -> None:
@@ -50,6 +58,8 @@ def watched(module: torch.nn.Module) -> bool:
 class Layer(torch.nn.modules.batchnorm._BatchNorm):
     """What all batch norm layers have in common."""
 
+    __call__: Callable[..., Tensor]  # of anything, in torch.nn
+    _ranks: tuple[int, ...]  # how many axes the input may have
     channel_axis: int
     activation: Activation
     order: str
@@ -79,8 +89,6 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
                 )
         for name in ("affine", "track_running_stats"):
             check_bool(name, getattr(self, name))
-        for tensor in self._per_channel().values():
-            check_floating("dtype", tensor)
         if channel_axis not in (1, -1) or not isinstance(channel_axis, int):
             raise ValueError(f"channel_axis is {channel_axis}: it must be 1 or -1")
         if stats_dtype not in (None, torch.float32, torch.float64):
@@ -123,6 +131,25 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         lengths: Tensor | None = None,
         activation: str | torch.nn.Module | Activation | None = None,
     ) -> Tensor:
+        """Normalizes the input, and applies what the layer was made with besides.
+
+        Args:
+            input: tensor of this layer's axes, float16, bfloat16, float32 or float64, any strides.
+            residual: tensor of the input's shape, added before the activation, or with
+                ``order="act_norm"`` to the result.
+            mask: bool tensor of the input's shape without the channel axis, True where the input
+                counts. Elsewhere it may hold anything, and output and gradients are zero.
+            lengths: integer tensor (N,), for input with one axis besides batch and channel: only
+                the first lengths[n] elements of row n count.
+            activation: in this call, in place of the layer's.
+
+        Returns:
+            A tensor of the input's shape and memory format, in the dtype of input + residual.
+
+        Raises:
+            ValueError: a shape or device does not fit, or training has one value per channel.
+            TypeError: an argument has a dtype that cannot be served.
+        """
         check_tensor("input", input)
         self._check_input_dim(input)
         C = input.shape[self.channel_axis]
@@ -157,6 +184,14 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             memory=self.memory,
         )
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._ranks:
+            ranks = " or ".join(map(str, self._ranks))
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}: {type(self).__name__} takes {ranks} axes, "
+                "batch and channels included"
+            )
+
     def _tensors(self) -> tuple[Tensor | None, ...]:
         parameters, buffers = self._parameters, self._buffers
         try:  # self.weight takes nn.Module ten times as long
@@ -186,6 +221,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             self._buffers[name] = statistic.to(self.stats_dtype)
 
     def reset_parameters(self) -> None:
+        """Sets the weight to 1, the bias to 0, and the running statistics to those of no batch."""
         self.reset_running_stats()
         if self.weight is not None:
             torch.nn.init.ones_(self.weight)
@@ -220,8 +256,8 @@ class _BatchNorm(Layer):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         channel_axis: int = 1,
@@ -232,7 +268,36 @@ class _BatchNorm(Layer):
         stats_dtype: torch.dtype | None = None,
         memory: str = "input",
     ) -> None:
+        """Makes a layer that is in training mode.
+
+        Args:
+            num_features: C, the number of channels.
+            eps: added to the variance; positive.
+            momentum: weight of a new batch in the running statistics, in [0, 1]; None averages
+                over all batches.
+            affine: learn a weight and a bias of shape (C,).
+            track_running_stats: keep running statistics of shape (C,) for evaluation.
+            device, dtype: of parameters and statistics.
+            bias: learn a bias, if `affine`.
+            channel_axis: 1, or -1 for the last axis.
+            activation: applied to the result, or with ``order="act_norm"`` to the input: "relu",
+                "relu6", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "mish", "sigmoid",
+                "tanh", "softplus", "hardswish" or "hardsigmoid", or torch.nn's module for one.
+            order: "norm_act" or "act_norm".
+            nonfinite: "propagate", or "skip" for channels whose batch statistics are infinite or
+                NaN to leave their running statistics alone.
+            correction: 1 for the unbiased variance in running_var, 0 for the biased one.
+            stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
+                when the layer is cast, as by `.half()`; None for those that do not.
+            memory: "input", or "inplace" to keep the output for backward in place of the input,
+                which `tribn.functional.batch_norm` says when it can.
+
+        Raises:
+            ValueError: a number or a name is none that is listed here.
+            TypeError: an argument is of another type.
+        """
         _check_num_features(num_features)
+        _check_dtype_and_bias(dtype, bias)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
@@ -242,41 +307,40 @@ class _BatchNorm(Layer):
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L) tensors; (N, L, C) with ``channel_axis=-1``.
 
-    `torch.nn.BatchNorm1d` in signature, semantics and state_dict; see `tribn.functional.batch_norm`
-    for the formula, the dtypes and the errors.
+        act((input - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    Args:
-        num_features: C, the number of channels.
-        eps: added to the variance; positive.
-        momentum: weight of a new batch in the running statistics, in [0, 1]; None averages over
-            all batches.
-        affine: learn a weight and a bias of shape (C,).
-        track_running_stats: keep running statistics for evaluation.
-        device, dtype: of parameters and statistics.
-        bias: learn a bias, if `affine`.
-        channel_axis: 1, or -1 for the last axis.
-        activation, order, nonfinite, correction, memory: see `tribn.functional.batch_norm`, and
-            there also `residual`, `mask` and `lengths`, which calls of the layer take; and
-            `activation`, for one call in place of the layer's.
-        stats_dtype: torch.float32 or torch.float64 for running statistics that keep this dtype
-            when the layer is cast, as by `.half()`; None for those that do not.
+    `torch.nn.BatchNorm1d` in signature, semantics and state_dict. Below ``__init__`` says what a
+    layer is made with, ``forward`` what it is called with; `tribn.functional.batch_norm` has the
+    rest.
     """
+
+    _ranks = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W) tensors; (N, H, W, C) with ``channel_axis=-1``.
 
-    `torch.nn.BatchNorm2d` in signature, semantics and state_dict; see `BatchNorm1d` for the
-    arguments.
+        act((input - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    `torch.nn.BatchNorm2d` in signature, semantics and state_dict. Below ``__init__`` says what a
+    layer is made with, ``forward`` what it is called with; `tribn.functional.batch_norm` has the
+    rest.
     """
+
+    _ranks = (4,)
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W) tensors; (N, D, H, W, C) with ``channel_axis=-1``.
 
-    `torch.nn.BatchNorm3d` in signature, semantics and state_dict; see `BatchNorm1d` for the
-    arguments.
+        act((input - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    `torch.nn.BatchNorm3d` in signature, semantics and state_dict. Below ``__init__`` says what a
+    layer is made with, ``forward`` what it is called with; `tribn.functional.batch_norm` has the
+    rest.
     """
+
+    _ranks = (5,)
 
 
 class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
@@ -286,8 +350,8 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         channel_axis: int = 1,
@@ -298,12 +362,17 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
         stats_dtype: torch.dtype | None = None,
         memory: str = "input",
     ) -> None:
+        """Takes what the layer that it becomes takes, which see, but for `num_features`."""
+        _check_dtype_and_bias(dtype, bias)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self._set(channel_axis, activation, order, nonfinite, correction, stats_dtype, memory)
 
+    _check_input_dim = Layer._check_input_dim  # torch.nn's comes first
+
     def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Called with the first input, whose channels are counted."""
         check_input(input, self.channel_axis, self.training)
         self._check_input_dim(input)
         tensors = self._per_channel()
@@ -328,20 +397,23 @@ class _LazyBatchNorm(torch.nn.modules.batchnorm._LazyNormBase, Layer):
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):
-    """A `BatchNorm1d` that takes `num_features` from its first input."""
+    """A `BatchNorm1d` that takes `num_features` from its first input, which makes it one."""
 
+    _ranks = BatchNorm1d._ranks
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_LazyBatchNorm, torch.nn.LazyBatchNorm2d):
-    """A `BatchNorm2d` that takes `num_features` from its first input."""
+    """A `BatchNorm2d` that takes `num_features` from its first input, which makes it one."""
 
+    _ranks = BatchNorm2d._ranks
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_LazyBatchNorm, torch.nn.LazyBatchNorm3d):
-    """A `BatchNorm3d` that takes `num_features` from its first input."""
+    """A `BatchNorm3d` that takes `num_features` from its first input, which makes it one."""
 
+    _ranks = BatchNorm3d._ranks
     cls_to_become = BatchNorm3d
 
 
@@ -359,12 +431,22 @@ class StandardScaler(torch.nn.Module):
         n_samples_seen_: int64 scalar, values seen of each feature.
     """
 
+    __call__: Callable[..., Tensor]
     mean_: Tensor
     var_: Tensor
     scale_: Tensor
     n_samples_seen_: Tensor
 
-    def __init__(self, num_features: int, device: Any = None) -> None:
+    def __init__(self, num_features: int, device: Device = None) -> None:
+        """Makes a scaler that has seen nothing yet.
+
+        Args:
+            num_features: C, the number of features.
+            device: of the statistics.
+
+        Raises:
+            ValueError, TypeError: `num_features` is negative or no int.
+        """
         super().__init__()
         _check_num_features(num_features)
         self.num_features = num_features
@@ -375,9 +457,19 @@ class StandardScaler(torch.nn.Module):
         self.register_buffer("n_samples_seen_", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
-    def partial_fit(self, batch: Tensor) -> StandardScaler:
-        """Merges a batch of shape (N, C) or (N, C, ...) into the statistics and returns itself."""
-        self._check(batch)
+    def partial_fit(self, batch: Tensor) -> "StandardScaler":
+        """Merges a batch into the statistics.
+
+        Args:
+            batch: tensor of shape (N, C) or (N, C, ...), of any real dtype.
+
+        Returns:
+            The scaler itself.
+
+        Raises:
+            ValueError, TypeError: the batch has another shape, device or dtype.
+        """
+        self._check("batch", batch)
         seen = (self.mean_, self.var_, self.n_samples_seen_)
         merged = merge_stats(*seen, *batch_stats(batch.double()))
         for statistic, new in zip(seen, merged, strict=True):
@@ -389,17 +481,34 @@ class StandardScaler(torch.nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x - mean_) / scale_ for x of shape (N, C) or (N, C, ...).
+        """Standardizes.
 
-        In the dtype of x, or torch's default if x is integer.
+        Args:
+            x: tensor of shape (N, C) or (N, C, ...), of any real dtype.
+
+        Returns:
+            (x - mean_) / scale_ in the dtype of x, or torch's default if that is integer.
+
+        Raises:
+            ValueError, TypeError: x has another shape, device or dtype.
         """
-        self._check(x)
+        self._check("x", x)
         z = batch_norm(x.double(), self.mean_, self.scale_**2, eps=0.0)
         return z.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z * scale_ + mean_ in the dtype of z, which is floating: undoes `forward`."""
-        self._check(z)
+        """Undoes `forward`.
+
+        Args:
+            z: tensor of shape (N, C) or (N, C, ...), of a floating dtype.
+
+        Returns:
+            z * scale_ + mean_ in the dtype of z.
+
+        Raises:
+            ValueError, TypeError: z has another shape, device or dtype.
+        """
+        self._check("z", z)
         check_floating("z", z)
         shape = (-1,) + (1,) * (z.dim() - 2)
         return (z * self.scale_.view(shape) + self.mean_.view(shape)).to(z.dtype)
@@ -410,18 +519,18 @@ class StandardScaler(torch.nn.Module):
         _restore(self, kept)
         return self
 
-    def _check(self, x: Tensor) -> None:
-        check_tensor("input", x)
+    def _check(self, name: str, x: Tensor) -> None:
+        check_tensor(name, x)
         if x.is_complex() or x.is_quantized:
-            raise TypeError(f"input is {x.dtype}: it must be a real number; convert it first")
+            raise TypeError(f"{name} is {x.dtype}: it must be a real number; convert it first")
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
-                f"input has shape {tuple(x.shape)}: it must be (N, {self.num_features}) or "
+                f"{name} has shape {tuple(x.shape)}: it must be (N, {self.num_features}) or "
                 f"(N, {self.num_features}, ...)"
             )
         if x.device != self.mean_.device:
             raise ValueError(
-                f"input is on {x.device} and this scaler on {self.mean_.device}: move one to the "
+                f"{name} is on {x.device} and this scaler on {self.mean_.device}: move one to the "
                 "other"
             )
 

@@ -53,6 +53,18 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     return operator
 
 
+def differentiate(operator: Any, function: Callable[..., Any]) -> None:
+    """What takes an operator's place where a gradient may be asked for."""
+
+    def run(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    _lib.impl(operator._opname, run, "Autograd", with_keyset=True)
+
+
 class Signature:
     """What tensors were like, by all that matters but their values, if they were plain.
 
@@ -117,6 +129,7 @@ batch_stats = _define(
     "(Tensor x, Tensor? mask, int axis) -> (Tensor mean, Tensor var, Tensor count)",
     _fake_batch_stats,
 )
+differentiate(batch_stats, lambda x, *args: batch_stats(x.detach(), *args))  # no gradients
 
 
 def _fake_batch_norm_train(

@@ -1,7 +1,5 @@
 """Running statistics of a whole data set."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator
 from operator import length_hint
@@ -54,11 +52,19 @@ def update_stats(
         if isinstance(layer, Layer) and layer.running_mean is not None and not layer.frozen
     ]
     if not layers:
-        raise ValueError("model has no tribn layer with running statistics that are not frozen")
+        raise ValueError(
+            f"model is a {type(model).__name__} without a tribn layer that has running statistics "
+            "and is not frozen: put one in, or unfreeze the model"
+        )
     moments: dict[Layer, Moments] = {}
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    if any(is_lazy(buffer) for norm in norms for buffer in norm.buffers(recurse=False)):
-        raise ValueError("model has lazy layers: call it once, so that they know their channels")
+    norms = []
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._NormBase):
+            if any(map(is_lazy, norm.buffers(recurse=False))):
+                raise ValueError(
+                    f"layer {name or 'itself'} is lazy: call the model once, to tell its channels"
+                )
+            norms.append(norm)
     before = {norm: [b.clone() for b in norm.buffers(recurse=False)] for norm in norms}
     modes = {module: module.training for module in model.modules()}
 
@@ -92,7 +98,7 @@ def update_stats(
                 model(x if device is None else x.to(device))
             batches += 1
         if not batches:
-            raise ValueError("loader is empty: there is nothing to take statistics of")
+            raise ValueError("loader is empty: it must give at least one batch")
     except BaseException:
         for norm in norms:
             restore(norm)

@@ -1,0 +1,63 @@
+"""Batch norm in graphs for use elsewhere, by torch.export, ONNX and TorchScript.
+
+Evaluation is there in PyTorch's own operators, which are fused there as well as here, and need no
+tribn. Training is one operator, which can be differentiated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tribn import ops
+from tribn.autograd import Options
+from tribn.reference import accumulator
+
+
+def exporting() -> bool:
+    """Whether a graph is being made for use elsewhere."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def batch_norm(
+    options: Options,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    *state: Tensor | None,  # running_mean, running_var and, in training, the counter
+) -> Tensor:
+    if options.training:
+        tensors = (x, weight, bias, residual, mask, *state)
+        y: Tensor
+        y, *_ = ops.batch_norm_train(*tensors, *options.forward[:-1], False)
+        return y
+    mean, var = state
+    assert mean is not None
+    assert var is not None
+    axis, act_first = options.axis, options.act_first
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    wider = accumulator(dtype)
+
+    # No nodes in the graph where there is nothing to do.
+    def cast(t: Tensor, dtype: torch.dtype = wider) -> Tensor:
+        return t if t.dtype == dtype else t.to(dtype)
+
+    def moved(t: Tensor, source: int, destination: int) -> Tensor:
+        return t if source == destination else t.movedim(source, destination)
+
+    z = moved(cast(x), axis, 1)
+    if act_first:
+        z = options.activation(z)
+    weight, bias = (None if t is None else cast(t) for t in (weight, bias))
+    z = F.batch_norm(z, cast(mean), cast(var), weight, bias, eps=options.eps)
+    z = moved(z, 1, axis)
+    if residual is not None:
+        z = z + residual
+    if not act_first:
+        z = options.activation(z)
+    if mask is not None:
+        z = z.masked_fill(~mask.unsqueeze(axis), 0)
+    return cast(z, dtype)
