@@ -163,8 +163,8 @@ def revert(model: Model) -> Model:
             _check_revert(name or "itself", layer)
     unfuse(model)
     for layer in list(_layers(model)):
-        cls, _, added = _origin(layer)
-        for setting in (*Layer.__annotations__, *added, "_tribn_origin"):
+        cls, settings, added = _origin(layer)
+        for setting in (*settings, *added, "_tribn_origin"):
             vars(layer).pop(setting, None)
         if added:
             del layer._buffers["num_batches_tracked"]
@@ -260,10 +260,10 @@ def _problem(layer: nn.Module) -> str:
 def _settings(layer: nn.Module) -> dict[str, Any]:
     """What tribn's layer has besides, to compute the same."""
     act = layer._modules.get("act")
-    frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    template = BatchNorm1d(1, activation=act, device="meta")
-    template.frozen = frozen
-    return {name: getattr(template, name) for name in Layer.__annotations__}
+    ours = BatchNorm1d(1, activation=act, device="meta")
+    ours.frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    theirs = vars(nn.BatchNorm1d(1, device="meta"))
+    return {name: value for name, value in vars(ours).items() if name not in theirs}
 
 
 def _own(layer: nn.Module) -> None:
