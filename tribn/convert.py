@@ -69,6 +69,7 @@ class Report:
     """
 
     def __init__(self, rows: list[Row]) -> None:
+        """Takes the rows, and counts them."""
         self.rows = rows
         self.counts = Counter(row.what for row in rows)
 
@@ -291,7 +292,10 @@ def _origin(layer: Layer) -> tuple[type[nn.Module], dict[str, Any], tuple[str, .
 def _check_revert(name: str, layer: Layer) -> None:
     cls, settings, _ = _origin(layer)
     if issubclass(cls, Layer):
-        raise ValueError(f"layer {name} is a {cls.__name__}, which torch.nn does not have")
+        raise ValueError(
+            f"layer {name} is a {cls.__name__}, which torch.nn does not have: put one of its "
+            "layers in its place first"
+        )
     for setting, value in settings.items():
         given = getattr(layer, setting)
         if given != value and setting not in ("memory", "stats_dtype"):
