@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import ACTIVATIONS, EXACT, runs_no_kernel
+from resnet import Residual, ResNet
 from torch import nn
 from torch.nn import functional as F
 from training import assert_train_alike
@@ -450,6 +451,14 @@ def test_hooks_on_a_module_see_what_they_saw(calls):
     assert tribn.convert(model, report=True)[1].counts["fused"] == 0
 
 
+def test_a_module_that_ends_otherwise_in_one_mode_is_not_followed():
+    def body(self, x):
+        z = self.bn(self.conv(x))
+        return z if self.training else z * 2
+
+    check(net(residual, body=net(body)), {})
+
+
 def test_a_module_that_has_changed_is_followed_one_after_another(calls):
     def body(self, x):
         z = self.bn(self.conv(x))
@@ -522,6 +531,9 @@ def test_the_report_says_what_has_hooks(name):
     model = net(lambda self, x: self.relu(self.bn(self.conv(x))))
     HOOKS[name](model.relu, [])
     assert why(model) == "followed by ReLU with hooks"
+    model = net(lambda self, x: self.relu(self.identity(self.bn(x))), identity=nn.Identity())
+    HOOKS[name](model.identity, [])
+    assert why(model) == "followed by Identity with hooks"
 
 
 # What changes after converting
@@ -764,59 +776,22 @@ def test_parts_of_a_module_that_cannot_be_told_are_fused(calls):
 # What converted modules are
 
 
-class Residual(nn.Module):
-    """ResNet's, as torchvision writes it."""
-
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = None
-        if stride != 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        identity = x
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
-
-
-class ResNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.layers = nn.Sequential(Residual(8, 8), Residual(8, 16, 2))
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.layers(self.stem(x))
-        x = F.dropout(x.mean((2, 3)), 0.1, self.training)
-        return self.fc(x)
-
-
 def resnet():
     torch.manual_seed(0)
-    return ResNet()
+    return ResNet(8, 16)
 
 
-IMAGES = torch.randn(8, 3, 15, 15, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(8, 3, 33, 33, generator=torch.Generator().manual_seed(0))
 FUSED = {
-    "stem.1": "relu",
-    "layers.0.bn1": "relu",
-    "layers.0.bn2": "residual, relu",
-    "layers.1.bn1": "relu",
-    "layers.1.bn2": "residual, relu",
+    "bn1": "relu",
+    "layer1.0.bn1": "relu",
+    "layer1.0.bn2": "residual, relu",
+    "layer1.1.bn1": "relu",
+    "layer1.1.bn2": "residual, relu",
+    "layer2.0.bn1": "relu",
+    "layer2.0.bn2": "residual, relu",
+    "layer2.1.bn1": "relu",
+    "layer2.1.bn2": "residual, relu",
 }
 
 
@@ -877,7 +852,7 @@ def test_modules_keep_their_classes_names_and_signatures():
         assert type(module).__name__ == type(theirs).__name__
         assert type(module).__qualname__ == type(theirs).__qualname__ or "BatchNorm" in repr(module)
     assert repr(model) == repr(plain)
-    assert model.layers[0].forward.__wrapped__ is Residual.forward
+    assert model.layer1[0].forward.__wrapped__ is Residual.forward
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -887,9 +862,9 @@ def test_copies_and_pickles_are_fused_and_independent(again, calls):
     copied = again(model)
     del calls[:]
     torch.testing.assert_close(copied(IMAGES), expected, rtol=0, atol=0)
-    assert Counter(calls) == {("relu", False): 3, ("relu", True): 2, (None, False): 1}
-    assert type(copied.layers[0]) is type(model.layers[0])
-    copied.layers[0].relu = nn.Tanh()
+    assert Counter(calls) == {("relu", False): 5, ("relu", True): 4, (None, False): 1}
+    assert type(copied.layer1[0]) is type(model.layer1[0])
+    copied.layer1[0].relu = nn.Tanh()
     assert not torch.equal(copied(IMAGES), expected)
     torch.testing.assert_close(model(IMAGES), expected, rtol=0, atol=0)
 
@@ -898,7 +873,7 @@ def test_copies_and_pickles_are_fused_and_independent(again, calls):
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_without_a_graph_break(training):
     model = tribn.convert(resnet()).train(training)
-    model.layers[1].bn1.eval()
+    model.layer2[0].bn1.eval()
     plain = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -925,7 +900,7 @@ def test_export():
 def test_the_code_is_shown_in_tracebacks():
     model = tribn.convert(nn.Sequential(*conv_bn(), nn.ReLU()))
     model[0] = nn.Identity()
-    with pytest.raises(ValueError, match="expected 4D input") as error:
+    with pytest.raises(ValueError, match="takes 4 axes") as error:
         model(torch.zeros(2, 3))
     (entry,) = (e for e in error.traceback if "tribn.fuse" in str(e.path))
     assert "call" in str(entry.statement)

@@ -46,7 +46,6 @@ _NAMED: dict[str, type[Layer]] = {
     "FrozenBatchNorm2d": BatchNorm2d,
     "FrozenBatchNormAct2d": BatchNorm2d,
 }
-_SETTINGS = [name for name in Layer.__annotations__ if not name.startswith("_")]
 _BUFFERS = ("weight", "bias", "running_mean", "running_var")
 
 # Batch norm layers that would go on following the batches.
@@ -72,6 +71,7 @@ class Report:
     """
 
     def __init__(self, rows: list[Row]) -> None:
+        """Takes the rows, and counts them."""
         self.rows = rows
         self.counts = Counter(row.what for row in rows)
 
@@ -166,8 +166,8 @@ def revert(model: Model) -> Model:
             _check_revert(name or "itself", layer)
     unfuse(model)
     for layer in list(_layers(model)):
-        cls, _, added = _origin(layer)
-        for setting in (*_SETTINGS, *added, "_tribn_origin"):
+        cls, settings, added = _origin(layer)
+        for setting in (*settings, *added, "_tribn_origin"):
             vars(layer).pop(setting, None)
         if added:
             del layer._buffers["num_batches_tracked"]
@@ -295,10 +295,10 @@ def _problem(layer: nn.Module) -> str:
 def _settings(layer: nn.Module) -> dict[str, Any]:
     """What tribn's layer has besides, to compute the same."""
     act = layer._modules.get("act")
-    frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    template = BatchNorm1d(1, activation=act, device="meta")
-    template.frozen = frozen
-    return {name: getattr(template, name) for name in _SETTINGS}
+    ours = BatchNorm1d(1, activation=act, device="meta")
+    ours.frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    theirs = vars(nn.BatchNorm1d(1, device="meta"))
+    return {name: value for name, value in vars(ours).items() if name not in theirs}
 
 
 def _own(layer: nn.Module) -> None:
@@ -326,7 +326,10 @@ def _origin(layer: Layer) -> tuple[type[nn.Module], dict[str, Any], tuple[str, .
 def _check_revert(name: str, layer: Layer) -> None:
     cls, settings, _ = _origin(layer)
     if issubclass(cls, Layer):
-        raise ValueError(f"layer {name} is a {cls.__name__}, which torch.nn does not have")
+        raise ValueError(
+            f"layer {name} is a {cls.__name__}, which torch.nn does not have: put one of its "
+            "layers in its place first"
+        )
     for setting, value in settings.items():
         given = getattr(layer, setting)
         if given != value and setting not in ("memory", "stats_dtype"):

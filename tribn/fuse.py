@@ -196,7 +196,7 @@ class Chain:
     act: fx.Node | None = None
     activation: Activation | None = None
     identities: list[fx.Node] = field(default_factory=list)  # passed by
-    returned: fx.Node | None = None  # what comes out of this forward, if nothing else is done to it
+    returned: bool = False  # and nothing else is done to it in this forward
 
     @property
     def end(self) -> fx.Node:
@@ -272,7 +272,7 @@ class Fusion:
                     self.why[layer] = chain.why
         tails = [chain for chains in site.chains for chain in chains if chain.returned]
         kinds = {"sum" if c.sum else self.kind(_called(module, c.head)) for c in tails}
-        if len(tails) == len(traces) and len(kinds) == 1 and not watched(module):
+        if len(tails) == len(traces) and len(kinds) == 1:
             site.tails, site.tail = tails, kinds.pop()
 
     def kind(self, module: nn.Module) -> str:
@@ -324,7 +324,7 @@ class Fusion:
                 return chain
             (user,) = node.users
             if user.op == "output":
-                chain.returned = node if user.args[0] is node else None
+                chain.returned = user.args[0] is node
                 chain.why = f"{type(module).__name__}.forward returns it"
                 return chain
             if _is_identity(module, user):
@@ -487,7 +487,6 @@ def rewrite(site: Site, takes_then: bool) -> None:
 
 def _fuse(graph: fx.Graph, chain: Chain, then: fx.Node | None) -> None:
     """Makes one call of the chain, where its last one was."""
-    end = (then and chain.returned) or chain.end
     with graph.inserting_before(chain.end):
         module = graph.create_node("get_attr", chain.head.target)
         act: Any = chain.activation
@@ -496,7 +495,7 @@ def _fuse(graph: fx.Graph, chain: Chain, then: fx.Node | None) -> None:
         residual = chain.sum.args[chain.residual] if chain.sum else None
         args = (module, chain.head.args, act, residual, chain.in_place, then)
         fused = graph.call_function(call, args)
-    end.replace_all_uses_with(fused)
+    chain.end.replace_all_uses_with(fused)
     gone = {chain.head, chain.sum, chain.act, *chain.identities}
     for node in reversed(list(graph.nodes)):
         if node in gone and not node.users:

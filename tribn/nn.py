@@ -143,6 +143,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
                 counts. Elsewhere it may hold anything, and output and gradients are zero.
             lengths: integer tensor (N,), for input with one axis besides batch and channel: only
                 the first lengths[n] elements of row n count.
+            activation: in this call, in place of the layer's.
 
         Returns:
             A tensor of the input's shape and memory format, in the dtype of input + residual.
