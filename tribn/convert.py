@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from tribn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, SyncBatchNorm
 
@@ -78,9 +77,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         ValueError: a layer is lazy and has seen no input; the model is unchanged.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, LazyModuleMixin) and isinstance(
-            layer, nn.modules.batchnorm._LazyNormBase
-        ):
+        if isinstance(layer, nn.modules.batchnorm._LazyNormBase):
             raise ValueError(
                 f"layer {name or 'itself'} is a {type(layer).__name__} that has seen no input: "
                 "call the model once, so that it knows its channels"
@@ -88,7 +85,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
 
     def synchronize(module: nn.Module) -> nn.Module:
         layer = _own(module)
-        if type(layer) in (*_OWN.values(), SyncBatchNorm):
+        if type(layer) in _OWN.values():
             layer.__class__ = SyncBatchNorm
             layer.process_group = process_group
         return layer
