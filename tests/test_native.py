@@ -194,6 +194,18 @@ def test_traced_by_torchscript():
     torch.testing.assert_close(traced(x), eager(x))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_symbolically_traced_a_layer_is_one_call(name, device):
+    eager = net(name, device, around=True)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(eager))
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["first", "second"]
+    x = images(6, device)
+    for training in (False, True):
+        assert torch.equal(traced.train(training)(x), eager.train(training)(x))
+    assert all(map(torch.equal, traced.buffers(), eager.buffers()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_and_a_gradient_scaler(dtype, device):
     """Layers take what autocast gives them; a step that overflows changes no parameter."""

@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.parameter import is_lazy
 
 from tribn.activation import Activation, parse
@@ -152,6 +152,14 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             ValueError: a shape or device does not fit, or training has one value per channel.
             TypeError: an argument has a dtype that cannot be served.
         """
+        if isinstance(
+            input, fx.Proxy
+        ):  # in a symbolic trace a layer is one call, as torch.nn's are
+            given = {"residual": residual, "mask": mask, "lengths": lengths}
+            given["activation"] = activation
+            given = {name: value for name, value in given.items() if value is not None}
+            path = input.tracer.path_of_module(self)
+            return input.tracer.create_proxy("call_module", path, (input,), given)
         check_tensor("input", input)
         self._check_input_dim(input)
         C = input.shape[self.channel_axis]
