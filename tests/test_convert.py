@@ -377,6 +377,17 @@ def test_lazy_layers_stay_lazy(theirs, ours, shape):
     assert type(tribn.revert(model)[0]) is theirs
 
 
+def test_layers_with_settings_of_their_own_keep_them():
+    layers = [tribn.BatchNorm2d(3, activation="tanh"), tribn.BatchNorm2d(3, order="act_norm")]
+    mine = nn.Sequential(*layers, nn.ReLU()).eval()
+    expected = mine(IMAGES)
+    mine, report = tribn.convert(mine, report=True)
+    assert [tuple(row) for row in report.rows] == [
+        (name, "left", "", "tribn's already") for name in ("0", "1")
+    ]
+    assert torch.equal(mine(IMAGES), expected)
+
+
 def test_without_fusing():
     mine = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     converted, report = tribn.convert(mine, fuse=False, report=True)
