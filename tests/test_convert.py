@@ -479,6 +479,17 @@ def test_lazy_layers_stay_lazy(theirs, ours, shape):
     assert type(tribn.revert(model)[0]) is theirs
 
 
+def test_layers_with_settings_of_their_own_keep_them():
+    layers = [tribn.BatchNorm2d(3, activation="tanh"), tribn.BatchNorm2d(3, order="act_norm")]
+    mine = nn.Sequential(*layers, nn.ReLU()).eval()
+    expected = mine(IMAGES)
+    mine, report = tribn.convert(mine, report=True)
+    assert [tuple(row) for row in report.rows] == [
+        (name, "left", "", "tribn's already") for name in ("0", "1")
+    ]
+    assert torch.equal(mine(IMAGES), expected)
+
+
 def test_without_fusing():
     mine = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     converted, report = tribn.convert(mine, fuse=False, report=True)
@@ -534,13 +545,13 @@ def test_frozen_layers_with_an_activation():
 def test_revert_gives_back_what_there_was():
     mine = model()
     classes = [type(m) for m in mine.modules()]
-    attributes = [set(vars(m)) for m in mine.modules()]
+    attributes = [{*vars(m), *m._buffers} for m in mine.modules()]
     expected = train(copy.deepcopy(mine), (IMAGES,))
     tribn.convert(mine)
     assert [type(m) for m in mine.modules()] != classes
     assert tribn.revert(mine) is mine
     assert [type(m) for m in mine.modules()] == classes
-    assert [set(vars(m)) for m in mine.modules()] == attributes
+    assert [{*vars(m), *m._buffers} for m in mine.modules()] == attributes
     actual = train(mine, (IMAGES,))
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

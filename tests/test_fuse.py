@@ -647,6 +647,20 @@ def test_arguments_with_defaults_and_keywords(calls):
     for args, options in (((), {}), ((X,), {"wrong": 1}), ((X,), {"x": X}), ((X, 1, X, 1), {})):
         with pytest.raises(TypeError, match="argument"):
             model(*args, **options)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        model(X, scale=None)
+
+
+def test_parameters_and_buffers_are_read_when_forward_runs(calls):
+    model = net(lambda self, x: self.relu(self.bn(x) + self.shift) * self.scale)
+    model.shift = nn.Parameter(X.clone())
+    model.register_buffer("scale", torch.ones(()))
+    check(model, {"bn": "residual, relu"})
+    assert set(calls) == {("relu", True)}
+    model = tribn.convert(model).eval()
+    y = model(X)
+    model.scale.mul_(2)
+    torch.testing.assert_close(model(X), y * 2)
 
 
 def test_an_argument_whose_type_is_asked_for_is_a_list(calls):

@@ -103,7 +103,8 @@ def convert(
     if forward shows that nothing else uses what is between, wherever they are called: neighbours in
     a Sequential, modules, functions, methods, operators, in place or not; and across modules, if
     one ends with the batch norm. Forwards run on stand-ins for their inputs, by torch.fx, one
-    module at a time; one that does more than a graph tells is left as it is.
+    module at a time; one that does more than a graph tells is left as it is. No other thread may
+    run modules meanwhile.
 
     The modules stay, and so does what the model prints. A module whose forward was rewritten is of
     a subclass with the same name, whose forward passes the activation and the residual to the batch

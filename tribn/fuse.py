@@ -296,9 +296,8 @@ class Fusion:
             if node.op == "call_module":
                 called = _called(module, node)
                 if isinstance(called, Layer) and not self.kind(called):
-                    self.why[called] = (
-                        "it has hooks" if watched(called) else "it has an activation already"
-                    )
+                    own = "it has an activation, an order or a memory of its own"
+                    self.why[called] = "it has hooks" if watched(called) else own
                 elif self.kind(called) and not node.kwargs:
                     heads.append(node)
         taken: set[fx.Node | None] = set()
