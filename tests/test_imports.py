@@ -131,4 +131,4 @@ def test_import_takes_at_most_50_ms_over_torch(monkeypatch):
     code = "import sys, time, torch; start = time.process_time(); import tribn;"
     code += "print(time.process_time() - start, file=sys.stderr)"
     # Of the processor's time: other processes take their own. The first time compiles.
-    assert min(float(python(code)) for _ in range(5)) <= 0.05
+    assert min(float(python(code)) for _ in range(3)) <= 0.05
