@@ -71,7 +71,9 @@ def observe(model, sizes, device, training):
     """Outputs, gradients and state over some batches."""
     seen = []
     for count, size in sizes:
-        x = images(count, device, size).contiguous(memory_format=torch.channels_last)
+        x = images(count, device, size)
+        if not training:  # compiled, the gradient comes in another layout, and is summed otherwise
+            x = x.contiguous(memory_format=torch.channels_last)
         x.requires_grad_(training)
         y = model(x)
         if training:
