@@ -604,3 +604,9 @@ def test_layers_that_torch_does_not_have_are_said_and_nothing_is_changed(what):
 def test_only_modules_are_converted(function):
     with pytest.raises(TypeError, match="model is a list: it must be"):
         function([nn.BatchNorm2d(3)])
+
+
+def test_a_child_of_that_name_is_no_activation_of_torchs_layer():
+    layer = nn.BatchNorm2d(3)
+    layer.act = nn.Sigmoid()
+    assert tribn.convert(layer).activation.name is None

@@ -173,8 +173,10 @@ def plus_equal(self, x):
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("activation", [True, False])
 def test_sums(name, activation, calls):
+    add = SUMS[name]
+
     def forward(self, x):
-        z = SUMS[name](self.bn(self.conv(x)), x)
+        z = add(self.bn(self.conv(x)), x)
         return self.relu(z) if activation else z
 
     check(net(forward), {"bn": "residual, relu" if activation else "residual"})
@@ -918,3 +920,21 @@ def test_the_code_is_shown_in_tracebacks():
         model(torch.zeros(2, 3))
     (entry,) = (e for e in error.traceback if "tribn.fuse" in str(e.path))
     assert "call" in str(entry.statement)
+
+
+def test_a_forward_of_its_own_is_called():
+    """As libraries wrap modules by replacing what is called."""
+    model = net(lambda self, x: self.relu(self.bn(self.conv(x))))
+    model.relu.forward = lambda x: x * 3
+    plain = copy.deepcopy(model)
+    tribn.convert(model)
+    torch.testing.assert_close(model(X), plain(X))
+
+
+# Dynamo itself makes an instance of every autograd.Function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_input_as_residual_compiles():
+    model, into = convert(net(lambda self, x: self.relu(self.bn(x) + x)))
+    assert into == {"bn": "residual, relu"}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), copy.deepcopy(model)(X))

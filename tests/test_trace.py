@@ -1,6 +1,8 @@
 """Which forwards a trace tells, and what is looked at again before it is used."""
 
 import copy
+import enum
+import inspect
 import pickle
 import random
 from types import SimpleNamespace
@@ -135,10 +137,75 @@ REFUSED = {
 }
 
 
+def within(function):
+    """A forward that only calls another function, whose code is not looked at."""
+
+    def forward(self, x):
+        return function(self, x)
+
+    return forward
+
+
+LOG, FLAG = [], True
+
+
+class Mode(enum.Enum):
+    A = 1
+
+
+def tries(self, x):
+    try:
+        x = x.foo
+    except AttributeError:
+        x = x * 2
+    return self.bn(x)
+
+
+def logs(self, x):
+    LOG.append(1)
+    return self.bn(x)
+
+
+BY_CODE = {
+    "asks what a value is": lambda self, x: self.bn(x) if self.mode is Mode.A else x,
+    "has a with": without_gradient,
+    "has a with or try statement|with statement": tries,
+    "reads the global LOG": logs,
+    "reads the global FLAG": lambda self, x: self.bn(x) if FLAG else x,
+    "calls hasattr": lambda self, x: self.bn(x) if hasattr(x, "mask") else x,
+    "calls type": lambda self, x: self.bn(x) if type(x) is torch.Tensor else x,
+    "calls print": prints,
+    "sets count": counts,
+    "uses the module random": lambda self, x: self.bn(x) if random.random() < 0.5 else x,
+    "asks for rand": lambda self, x: self.bn(x) + torch.rand(3),
+    "asks for is_compiling": lambda self, x: self.bn(x) if torch.compiler.is_compiling() else x,
+    "asks for children": lambda self, x: [x := m(x) for m in self.children()][-1],
+    "asks what mode is": lambda self, x: self.bn(x) if self.mode == Mode.A else x,
+    "asks what use": lambda self, x: self.bn(x) if self.use else x,
+    "asks a value for foo": lambda self, x: self.bn(x.foo),
+    "looks up by a value": lambda self, x: self.bn(x) * {4: 2.0}.get(x.dim(), 1.0),
+    "has a decorator": torch.no_grad()(lambda self, x: self.bn(x)),
+}
+
+
+@pytest.mark.parametrize("reason", BY_CODE)
+def test_what_a_trace_would_lose_is_refused_by_the_code(reason):
+    model = net(BY_CODE[reason], count=0, mode=Mode.A, use=np.bool_(False))
+    with pytest.raises(Refused, match=reason):
+        traced(model)
+    assert not LOG
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_a_graph_does_not_tell_is_refused(reason, capsys):
     settings = SimpleNamespace(bn=elsewhere, rate=0)
-    model = net(REFUSED[reason], count=0, seen=[], settings=settings, plain=torch.ones(()))
+    forward = REFUSED[reason]
+    if (
+        list(inspect.signature(forward).parameters.values())[1].kind
+        == inspect._POSITIONAL_OR_KEYWORD
+    ):
+        forward = within(forward)
+    model = net(forward, count=0, seen=[], settings=settings, plain=torch.ones(()))
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     modes = [m.training for m in model.modules()]
     with pytest.raises(Refused, match=reason):

@@ -295,7 +295,7 @@ def _problem(layer: nn.Module) -> str:
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
     """What tribn's layer has besides, to compute the same."""
-    act = layer._modules.get("act")
+    act = layer._modules.get("act") if "Act" in type(layer).__name__ else None
     ours = BatchNorm1d(1, activation=act, device="meta")
     ours.frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
     theirs = vars(nn.BatchNorm1d(1, device="meta"))

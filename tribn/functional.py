@@ -116,6 +116,8 @@ def batch_norm(
         mask = mask_of(lengths, input, options.axis)
     if residual is not None and residual.dtype not in DTYPES:
         residual = residual.to(input.dtype)
+    if residual is input:  # torch.compile takes no tensor twice
+        residual = input.view_as(input)
     state: tuple[Tensor | None, ...] = (running_mean, running_var)
     if training:
         state = (None,) * 3 if computing_again() else (*state, num_batches_tracked)

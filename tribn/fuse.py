@@ -130,6 +130,9 @@ class Fused:
 
     _tribn_variants: list[Variant]
 
+    def __init_subclass__(cls) -> None:
+        """Registers nothing where the class it had registers its subclasses."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         return _blank, (original(type(self)),), *reduced[2:]
@@ -353,6 +356,8 @@ def _check_class(module: nn.Module) -> None:
     cls: Any = type(module)
     if "forward" in vars(module):
         raise Refused("was replaced in this module")
+    if isinstance(module, Fused):
+        raise Refused("has a class that was made after it had been converted")
     if isinstance(module, torch.jit.ScriptModule) or cls.__call__ is not nn.Module.__call__:
         raise Refused("is not what is called")
     if any(
@@ -437,9 +442,11 @@ def _can_wait(module: nn.Module, chain: Chain) -> bool:
     while node is not chain.end and chain.end is not chain.head:
         names = [_name(module, node)]
         writes = node is not chain.sum and _writes(node)
+        if node.op == "get_attr" and node.target not in dict(module.named_parameters()):
+            return False  # a running statistic that moves
         if node.op == "call_module":
             parts = set(_called(module, node).modules())
-            if parts & set(_layers(head)):
+            if parts & set(_layers(head)) or not all(map(_known, parts)):
                 return False
             names = [type(part).__name__ for part in parts]
             writes = not fresh and any(getattr(part, "inplace", False) for part in parts)
@@ -448,6 +455,13 @@ def _can_wait(module: nn.Module, chain: Chain) -> bool:
             return False
         node = node.next
     return True
+
+
+def _known(part: nn.Module) -> bool:
+    """Whether a module is torch's or tribn's, and draws no random numbers unless by dropout."""
+    if isinstance(part, (Layer, nn.Sequential)):
+        return True
+    return type(part).__module__.startswith("torch.nn.modules") and not isinstance(part, nn.RReLU)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -505,5 +519,6 @@ def unfuse(model: nn.Module) -> None:
     """Gives every module the class it had."""
     for module in model.modules():
         if isinstance(module, Fused):
-            module.__class__ = original(type(module))
+            if Fused in type(module).__bases__:  # nobody has put another class on top
+                module.__class__ = original(type(module))
             vars(module).pop("_tribn_variants", None)

@@ -53,8 +53,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def watched(module: torch.nn.Module) -> bool:
-    """Whether hooks see or change what goes into the module or comes out of it."""
-    return any(getattr(module, hooks) for hooks in HOOKS)
+    """Whether hooks, or a forward of its own, see or change what goes in or comes out."""
+    everywhere = torch.nn.modules.module
+    return (
+        any(getattr(module, hooks) for hooks in HOOKS)
+        or "forward" in vars(module)
+        or bool(everywhere._global_forward_hooks)
+        or bool(everywhere._global_forward_pre_hooks)
+        or bool(everywhere._global_backward_hooks)
+        or bool(everywhere._global_backward_pre_hooks)
+    )
 
 
 class Layer(torch.nn.modules.batchnorm._BatchNorm):

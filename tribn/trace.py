@@ -8,7 +8,9 @@ the modules that is read, to compare before the graph is used (`Guard`); and ref
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import dis
 import functools
 import inspect
 import io
@@ -29,6 +31,27 @@ _CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.devic
 _CONTAINERS = (list, tuple, set, frozenset)
 _PLAIN = (dict, list, tuple, torch.Size)
 _MACHINERY = ("torch.fx", "torch.nn.modules.module", "torch.nn.parameter", __name__)
+
+
+# What a forward may ask for by name besides torch's functions, its own and its constants
+_BUILTINS = frozenset(
+    (
+        *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "getattr", "int"),
+        *("isinstance", "len", "list", "map", "max", "min", "range", "reversed", "round"),
+        *("slice", "sorted", "str", "sum", "super", "tuple", "zip"),
+    )
+)
+_MODULES = ("torch", "math", "operator", "functools", "typing", "einops")
+# Questions whose answers a graph does not ask for again, ways past modules, and random numbers
+_STATES = frozenset(
+    (
+        *("is_compiling", "is_exporting", "is_dynamo_compiling", "is_in_onnx_export"),
+        *("is_tracing", "is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled"),
+        *("is_initialized", "__dict__", "__class__", "children", "modules", "parameters"),
+        *("named_children", "named_modules", "named_parameters", "buffers", "named_buffers"),
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "rrelu"),
+    )
+)
 
 
 class Refused(Exception):
@@ -99,12 +122,54 @@ def trace(module: nn.Module) -> list[Trace]:
     Raises:
         Refused: the forward does what no graph tells.
     """
-    required, *more = _arguments(type(module).forward)
+    forward = type(module).forward
+    required, *more = _arguments(forward)
+    if hasattr(forward, "__wrapped__"):
+        raise Refused("has a decorator")
+    if not forward.__module__.startswith("torch.nn."):
+        _check(forward.__code__, forward.__globals__)
     traces = _trace_modes(module, required)
     for arguments in more:
         with contextlib.suppress(Refused):
             traces += _trace_modes(module, arguments)
     return traces
+
+
+def _check(code: types.CodeType, names: dict[str, Any]) -> None:
+    """That code does nothing a trace would lose: by what it is compiled to."""
+    constant: Any = ...
+    for step in dis.get_instructions(code):
+        kind, value = step.opname, step.argval
+        if kind in ("SETUP_FINALLY", "PUSH_EXC_INFO"):
+            raise Refused("has a with or try statement")
+        if "WITH" in kind:
+            raise Refused("has a with statement")
+        if kind == "IS_OP" and constant not in (None, True, False):
+            raise Refused("asks what a value is")
+        if kind in ("STORE_ATTR", "STORE_GLOBAL", "DELETE_ATTR", "DELETE_GLOBAL"):
+            raise Refused(f"sets {value}")
+        if value in _STATES and ("ATTR" in kind or "METHOD" in kind):
+            raise Refused(f"asks for {value}")
+        if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+            _check_global(value, names)
+        if not kind.startswith(("CACHE", "EXTENDED_ARG")):
+            constant = value if kind == "LOAD_CONST" else ...
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            _check(inner, names)
+
+
+def _check_global(name: str, names: dict[str, Any]) -> None:
+    value = names.get(name)
+    if name not in names:
+        exception = isinstance(vars(builtins).get(name), type) and name.endswith("Error")
+        if name not in _BUILTINS and not exception:
+            raise Refused(f"calls {name}")
+    elif isinstance(value, types.ModuleType):
+        if value.__name__.split(".")[0] not in _MODULES:
+            raise Refused(f"uses the module {value.__name__}")
+    elif not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        raise Refused(f"reads the global {name}")
 
 
 def _trace_modes(module: nn.Module, arguments: Arguments) -> list[Trace]:
@@ -207,6 +272,18 @@ class _Value(fx.Proxy):
     Except that an argument is a list if somebody asks, torch.cat included. It cannot be a tensor:
     torch would look for one behind it.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            tracer: Any = self.tracer
+            tracer.refuse(f"asks a value for {name}")
+        return super().__getattr__(name)
+
+    def __hash__(self) -> int:
+        if not _reader().startswith(_MACHINERY):
+            tracer: Any = self.tracer
+            tracer.refuse("looks up by a value")
+        return id(self)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -331,6 +408,12 @@ class _Tracer(fx.Tracer):
 
 class _Settings:
     """An object that a module has, such as a configuration, of which values are read."""
+
+    def _refuse(self, *args: Any) -> Any:
+        tracer, _, path, _ = self.__dict__["_read"]
+        tracer.refuse(f"asks what {path} is")
+
+    __bool__ = __eq__ = __ne__ = __hash__ = __len__ = __iter__ = __contains__ = _refuse
 
     def __init__(self, tracer: _Tracer, module: nn.Module, name: str, value: Any) -> None:
         self.__dict__["_read"] = tracer, module, name, value
