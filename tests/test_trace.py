@@ -172,7 +172,7 @@ BY_CODE = {
     "has a with or try statement|with statement": tries,
     "reads the global LOG": logs,
     "reads the global FLAG": lambda self, x: self.bn(x) if FLAG else x,
-    "calls hasattr": lambda self, x: self.bn(x) if hasattr(x, "mask") else x,
+    "asks a value for mask": lambda self, x: self.bn(x) if hasattr(x, "mask") else x,
     "calls type": lambda self, x: self.bn(x) if type(x) is torch.Tensor else x,
     "calls print": prints,
     "sets count": counts,

@@ -36,7 +36,8 @@ _MACHINERY = ("torch.fx", "torch.nn.modules.module", "torch.nn.parameter", __nam
 # What a forward may ask for by name besides torch's functions, its own and its constants
 _BUILTINS = frozenset(
     (
-        *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "getattr", "int"),
+        *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "getattr"),
+        *("hasattr", "int"),
         *("isinstance", "len", "list", "map", "max", "min", "range", "reversed", "round"),
         *("slice", "sorted", "str", "sum", "super", "tuple", "zip"),
     )
@@ -162,7 +163,8 @@ def _check(code: types.CodeType, names: dict[str, Any]) -> None:
 def _check_global(name: str, names: dict[str, Any]) -> None:
     value = names.get(name)
     if name not in names:
-        exception = isinstance(vars(builtins).get(name), type) and name.endswith("Error")
+        value = vars(builtins).get(name)
+        exception = isinstance(value, type) and issubclass(value, Exception)
         if name not in _BUILTINS and not exception:
             raise Refused(f"calls {name}")
     elif isinstance(value, types.ModuleType):
