@@ -121,7 +121,7 @@ KEPT = {
 
 
 def test_synchronized_layers_keep_all_they_hold_and_do():
-    group, seen = object(), []
+    group, seen = torch.distributed.GroupMember.NON_GROUP_MEMBER, []
     layers = [randomize(tribn.BatchNorm1d(3, **KEPT)), randomize(nn.BatchNorm2d(3, momentum=None))]
     layers += [nn.SyncBatchNorm(3), tribn.freeze(tribn.BatchNorm3d(3, bias=False)).eval()]
     layers[0].weight.requires_grad_(False)
@@ -421,7 +421,24 @@ def dropping():
     return layer
 
 
+def other(layer):
+    """A namesake of a layer that computes something else."""
+    cls = type(layer)
+    layer.__class__ = type(cls.__name__, (cls,), {"forward": lambda m, x: cls.forward(m, x) + 1})
+    return layer
+
+
+def pruned():
+    layer = nn.BatchNorm2d(4)
+    layer.weight, layer.bias = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    layer.running_mean, layer.running_var = torch.zeros(3), torch.ones(3)
+    return layer
+
+
 LEFT = {
+    "something else than another FrozenB": lambda: other(FrozenBatchNorm2d(4)),
+    "something else than another BatchNormA": lambda: other(BatchNormAct2d(4, nn.ReLU())),
+    "num_features is 4, but weight has 3": pruned,
     "a subclass, Subclass": lambda: Subclass(4),
     "tribn's already": lambda: tribn.BatchNorm2d(4),
     "its forward was replaced": with_forward,
@@ -584,7 +601,7 @@ IRREVERSIBLE = {
     "channel_axis=-1": lambda: tribn.BatchNorm2d(3, channel_axis=-1),
     "nonfinite=skip": lambda: tribn.BatchNorm2d(3, nonfinite="skip"),
     "correction=0": lambda: tribn.BatchNorm2d(3, correction=0),
-    "frozen=True": lambda: tribn.freeze(tribn.BatchNorm2d(3)),
+    r"frozen=True.*tribn.unfreeze\(model\) first": lambda: tribn.freeze(tribn.BatchNorm2d(3)),
     "frozen=False": lambda: tribn.unfreeze(tribn.convert(FrozenBatchNorm2d(3))),
     "is a Own": lambda: Own(3),
 }
@@ -600,10 +617,29 @@ def test_layers_that_torch_does_not_have_are_said_and_nothing_is_changed(what):
     assert [type(m) for m in mine.modules()] == classes
 
 
-@pytest.mark.parametrize("function", [tribn.convert, tribn.revert])
+FUNCTIONS = ("convert", "revert", "freeze", "unfreeze", "convert_sync_batchnorm")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_only_modules_are_converted(function):
     with pytest.raises(TypeError, match="model is a list: it must be"):
-        function([nn.BatchNorm2d(3)])
+        getattr(tribn, function)([nn.BatchNorm2d(3)])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda g: tribn.SyncBatchNorm(3, process_group=g), lambda g: sync(nn.BatchNorm2d(3), g)],
+)
+def test_what_is_no_process_group_is_said(make):
+    with pytest.raises(TypeError, match="process_group is 'all', a str: give the ProcessGroup"):
+        make("all")
+
+
+def sync(layer, group):
+    try:
+        return tribn.convert_sync_batchnorm(layer, group)
+    finally:
+        assert type(layer) is nn.BatchNorm2d
 
 
 def test_a_child_of_that_name_is_no_activation_of_torchs_layer():

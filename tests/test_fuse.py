@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 import warnings
 from collections import Counter
 
@@ -584,6 +585,142 @@ def test_values_that_forward_reads_are_looked_at_again(calls):
     torch.testing.assert_close(model(X), F.relu(z + X))
     model.skip = None
     torch.testing.assert_close(model(X), F.relu(z))
+
+
+def helper(self, z):
+    return z
+
+
+def another(self, z):
+    return z * 2
+
+
+def by_class(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    return z if isinstance(self.down, nn.Identity) else self.down(z)
+
+
+def by_class_in_a_list(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    for part in self.parts:
+        z = z if isinstance(part, nn.Identity) else part(z)
+    return z
+
+
+def by_parameter(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    return z if self.scale is None else z * self.scale
+
+
+def by_attribute(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    return z * 2 if hasattr(self, "extra") else z
+
+
+def by_setting(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    return z * getattr(self.settings, "scale", 1)
+
+
+def set_in(name, value):
+    """A change to a module, which may be one of its parts: 0 in "parts.0"."""
+
+    def change(model):
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path) if path else model, last, value)
+
+    return change
+
+
+def set_in_class(name, value):
+    return lambda model: setattr(base(model), name, value)
+
+
+def base(model):
+    return next(cls for cls in type(model).__mro__ if "forward" in vars(cls) and cls.count)
+
+
+CHANGED_LATER = {
+    "a module under a second name": (
+        lambda self, x: self.second(self.bn(self.conv(x))),
+        set_in("second", nn.Tanh()),
+    ),
+    "a parameter that is none": (by_parameter, set_in("scale", nn.Parameter(torch.ones(1) * 3))),
+    "an attribute that is not there": (by_attribute, set_in("extra", 1)),
+    "a setting that is not there": (by_setting, lambda model: setattr(model.settings, "scale", 3)),
+    "the class of a module": (by_class, set_in("down", nn.Tanh())),
+    "the class of a module of a list": (by_class_in_a_list, set_in("parts.0", nn.Tanh())),
+    "a method": (
+        lambda self, x: self.helper(self.relu(self.bn(self.conv(x)))),
+        set_in_class("helper", another),
+    ),
+    "the forward": (
+        lambda self, x: self.relu(self.bn(self.conv(x))),
+        set_in_class("forward", lambda self, x: self.conv(x)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED_LATER)
+def test_what_a_forward_found_is_looked_at_again(what, calls):
+    forward, change = CHANGED_LATER[what]
+    outputs = []
+    for converted in (False, True):
+        model = net(forward, down=nn.Identity(), parts=nn.ModuleList([nn.Identity()])).eval()
+        type(model).helper, type(model).count = helper, 1
+        model.second, model.settings = model.relu, types.SimpleNamespace()
+        model.register_parameter("scale", None)
+        if converted:
+            model, into = convert(model)
+            assert into == {"bn": "relu"}
+        before = model(X)
+        change(model)
+        outputs.append((before, model(X)))
+    assert calls[0] == ("relu", False)
+    assert not torch.equal(*outputs[0])
+    torch.testing.assert_close(*outputs)
+
+
+def test_containers_that_forward_changes_stay_as_they_were():
+    def forward(self, x):
+        kept = self.kept
+        kept.append(self.bn(x))
+        return F.relu(kept[0])
+
+    model = net(forward, kept=[])
+    assert why(model) == "Net.forward changes values of its own"
+    assert model.kept == []
+
+
+def test_a_sum_of_two_layouts_has_the_layout_it_had(calls):
+    x = X.to(memory_format=torch.channels_last)
+    for forward in (lambda self, x, y: self.bn(x) + y, lambda self, x, y: y + self.bn(x)):
+        plain, (model, into) = net(forward).eval(), convert(net(forward).eval())
+        assert into == {"bn": "residual"}
+        for inputs in ((x, X), (X, x), (x, x), (X, X)):
+            assert model(*inputs).stride() == plain(*inputs).stride()
+    assert calls.count((None, True)) == 4
+
+
+class Between(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.bn, self.last = nn.BatchNorm2d(3), last
+
+    def forward(self, x):
+        return self.last(self.bn(x))
+
+
+@pytest.mark.parametrize(
+    ("last", "passes"), [(nn.Hardtanh(), True), (nn.Dropout(), True), (nn.RReLU(), False)]
+)
+def test_a_call_waits_for_modules_whose_forward_is_known(last, passes):
+    def forward(self, x):
+        z = self.bn(self.conv(x))
+        return self.relu(self.between(x) + z)
+
+    _, into = convert(net(forward, between=Between(last)))
+    assert into == ({"bn": "residual, relu"} if passes else {})
 
 
 def test_forward_follows_the_mode(calls):

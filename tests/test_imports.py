@@ -19,6 +19,7 @@ ORDER = [
     "convert",
     "fuse",
     "trace",
+    "bytecode",
     "statistics",
     "nn",
     "functional",

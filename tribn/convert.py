@@ -6,13 +6,17 @@ it goes on: parents, optimizers, hooks, lists of layers.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
+import torch
 from torch import nn
 
 from tribn.activation import of_module
+from tribn.distributed import check_group
 from tribn.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -38,15 +42,15 @@ _OWN: dict[type[nn.Module], type[Layer]] = {
 }
 _THEIRS = {own: cls for cls, own in _OWN.items()}
 
-# By name, because their libraries need not be installed: timm's layers, which end with a module
-# `act`, and torchvision's, detectron2's and timm's whose weights and statistics are buffers.
+# By name, because their libraries need not be installed, and then tried: timm's layers, which end
+# with a module `act`, and torchvision's, detectron2's and timm's, whose tensors are buffers.
 _NAMED: dict[str, type[Layer]] = {
     "BatchNormAct2d": BatchNorm2d,
     "BatchNormAct3d": BatchNorm3d,
     "FrozenBatchNorm2d": BatchNorm2d,
     "FrozenBatchNormAct2d": BatchNorm2d,
 }
-_BUFFERS = ("weight", "bias", "running_mean", "running_var")
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 # Batch norm layers that would go on following the batches.
 _UNKNOWN = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
@@ -96,8 +100,8 @@ def convert(
 
     Replaced are torch.nn's BatchNorm1d, 2d, 3d, their lazy ones and SyncBatchNorm, timm's
     BatchNormAct2d with an activation that tribn has, and FrozenBatchNorm2d as torchvision and timm
-    have it, which stays frozen. They stay the objects they are, with parameters, state_dict, hooks
-    and modes. Subclasses are left.
+    have it, which stays frozen; these two by name, if a copy computes the same on the CPU. They
+    stay the objects they are, with parameters, state_dict, hooks and modes. Subclasses are left.
 
     Fused are a batch norm, an addition and an activation of tribn's, or two of these in this order,
     if forward shows that nothing else uses what is between, wherever they are called: neighbours in
@@ -106,7 +110,7 @@ def convert(
     module at a time; one that does more than a graph tells is left as it is. No other thread may
     run modules meanwhile.
 
-    The modules stay, and so does what the model prints. A module whose forward was rewritten is of
+    The modules stay. A module whose forward was rewritten is of
     a subclass with the same name, whose forward passes the activation and the residual to the batch
     norm. It computes one after another when a hook would see the difference, when shapes or dtypes
     of a sum differ, and when what is fused was replaced. So layers and activations may be shared.
@@ -193,7 +197,9 @@ def freeze(model: Model) -> Model:
     Raises:
         ValueError: a layer has no running statistics, or is one of torch.nn's lazy ones; the model
             is unchanged.
+        TypeError: `model` is not a module.
     """
+    _check_model(model)
     for name, layer in model.named_modules():
         if type(layer) in _UNKNOWN:
             raise ValueError(
@@ -214,7 +220,12 @@ def freeze(model: Model) -> Model:
 
 
 def unfreeze(model: Model) -> Model:
-    """Makes every layer that `freeze` froze follow ``model.train()`` again; returns the model."""
+    """Makes every layer that `freeze` froze follow ``model.train()`` again; returns the model.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_model(model)
     for layer in _layers(model):
         layer.frozen = False
     return model
@@ -235,7 +246,10 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
 
     Raises:
         ValueError: a layer is lazy and has seen no input; the model is unchanged.
+        TypeError: `model` is not a module, or `process_group` is no process group.
     """
+    _check_model(model)
+    check_group(process_group)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._LazyNormBase):
             raise ValueError(
@@ -277,20 +291,47 @@ def _problem(layer: nn.Module) -> str:
             BatchNorm1d(1, layer.eps, layer.momentum, device="meta")  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             return str(error)
+        for name in _TENSORS if cls not in _UNKNOWN else ():
+            tensor: Any = getattr(layer, name)
+            if tensor is not None and tensor.shape != (layer.num_features,):
+                return f"num_features is {layer.num_features}, but {name} has {tensor.numel()}"
         return ""
     if cls.__name__ not in _NAMED:
         return f"a subclass, {cls.__name__}"
     if not isinstance(layer, nn.modules.batchnorm._BatchNorm) and not (
-        hasattr(layer, "eps") and layer._buffers.keys() >= set(_BUFFERS)
+        hasattr(layer, "eps") and layer._buffers.keys() >= set(_TENSORS)
     ):
-        return f"a {cls.__name__} without the buffers {', '.join(_BUFFERS)} or without eps"
+        return f"a {cls.__name__} without the buffers {', '.join(_TENSORS)} or without eps"
     if "Act" in cls.__name__:
         drop, act = (layer._modules.get(name) for name in ("drop", "act"))
         if type(drop) is not nn.Identity or watched(drop):
             return f"drops values by {drop}"
         if act is None or watched(act) or (type(act) is not nn.Identity and not of_module(act)):
             return f"its activation is {act}"
-    return ""
+    return "" if _does_the_same(layer) else f"computes something else than another {cls.__name__}"
+
+
+def _does_the_same(layer: nn.Module) -> bool:
+    """Whether tribn's layer would compute what one that is known by its name does, by trying."""
+    try:
+        theirs = copy.deepcopy(layer).to_empty(device="cpu").double()
+        for tensor in (*theirs.parameters(), *theirs.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = torch.linspace(0.5, 1.5, tensor.numel()).to(tensor).view_as(tensor)
+            else:
+                tensor.zero_()
+        ours = copy.deepcopy(theirs)
+        _own(ours)
+        channels = len(theirs.running_mean)  # type: ignore[arg-type]
+        axes = (2, channels, 3) + (1,) * (2 if isinstance(ours, BatchNorm3d) else 1)
+        x = torch.linspace(-2, 3, math.prod(axes), dtype=torch.double).view(axes)
+        for training in (True, False):
+            y, expected = (type(m).forward(m.train(training), x) for m in (ours, theirs))
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    except Exception:  # it takes other inputs, or something else
+        return False
+    return True
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
@@ -334,7 +375,8 @@ def _check_revert(name: str, layer: Layer) -> None:
     for setting, value in settings.items():
         given = getattr(layer, setting)
         if given != value and setting not in ("memory", "stats_dtype"):
+            change = f"tribn.{'unfreeze' if given else 'freeze'}(model)"
             raise ValueError(
                 f"layer {name} has {setting}={given}: {cls.__name__} computes what tribn's does "
-                f"with {setting}={value}; change it first"
+                f"with {setting}={value}; {change if setting == 'frozen' else 'change it'} first"
             )

@@ -44,6 +44,21 @@ class Ranks(NamedTuple):
         return cls(group.group_name, size) if size > 1 else None
 
 
+def check_group(group: Any) -> None:
+    """Raises a TypeError unless it is a process group, or what others than its members have."""
+    if group is None:
+        return
+    given = torch.distributed.is_available() and (
+        isinstance(group, torch.distributed.ProcessGroup)
+        or group == torch.distributed.GroupMember.NON_GROUP_MEMBER
+    )
+    if not given:
+        raise TypeError(
+            f"process_group is {group!r}, a {type(group).__name__}: give the ProcessGroup that "
+            "torch.distributed.new_group returns, or None for all processes"
+        )
+
+
 def batch_norm_train(ranks: Ranks | None, plain: bool, *args: Any) -> Any:
     """The operator of that name, with the batches of all ranks as one."""
     if ranks is None:

@@ -27,8 +27,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tribn.activation import KINDS, Activation, of_module
+from tribn.bytecode import Refused
 from tribn.nn import HOOKS, Layer, watched
-from tribn.trace import Arguments, Guard, Refused, Trace, trace, watching
+from tribn.trace import Alias, Arguments, Guard, Trace, trace, watching
 
 # What a rewritten forward calls.
 
@@ -38,12 +39,13 @@ class Rest(NamedTuple):
 
     activation: nn.Module | Activation | None = None
     residual: Any = None
-    in_place: bool = False  # whether the sum takes the place of the batch norm's result
+    place: int = 0  # of the residual in the sum; -1: the sum is written over the other term
 
     def __call__(self, y: Any) -> Any:
         """The same, one after another."""
         if self.residual is not None:
-            y = (operator.iadd if self.in_place else operator.add)(y, self.residual)
+            terms = (self.residual, y) if self.place == 0 else (y, self.residual)
+            y = (operator.iadd if self.place < 0 else operator.add)(*terms)
         return y if self.activation is None else self.activation(y)
 
 
@@ -52,13 +54,13 @@ def call(
     args: tuple[Any, ...],
     activation: nn.Module | Activation | None = None,
     residual: Any = None,
-    in_place: bool = False,
+    place: int = 0,
     then: Rest | None = None,
 ) -> Any:
     """``activation(module(*args) + residual)`` and `then` the rest, in one pass if possible."""
-    rest = Rest(activation, residual, in_place)
+    rest = Rest(activation, residual, place)
     if then is not None:  # there is no activation, and no residual where `then` has one
-        rest = then if residual is None else then._replace(residual=residual, in_place=in_place)
+        rest = then if residual is None else then._replace(residual=residual, place=place)
     if not watched(module):
         if isinstance(module, Fused):
             return module(*args, tribn_then=rest)
@@ -83,11 +85,12 @@ def fusable(activation: nn.Module | Activation | None) -> Activation | None:
 
 
 def _alike(residual: Any, x: Any) -> bool:
-    """Whether their sum needs neither broadcasting nor promotion."""
+    """Whether their sum needs neither broadcasting nor promotion, nor a choice of layouts."""
     return residual is None or (
         isinstance(residual, Tensor)
         and isinstance(x, Tensor)
         and (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
+        and residual.stride() == x.stride()
     )
 
 
@@ -99,7 +102,7 @@ class Variant:
         source: str,
         names: dict[str, Any],
         arguments: Arguments,
-        guards: tuple[Guard, ...],
+        guards: tuple[Guard | Alias, ...],
         takes_then: bool,
     ) -> None:
         self.source, self.names, self.arguments = source, names, arguments
@@ -155,7 +158,7 @@ def fused_class(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, tribn_then: Rest | None = None, **kwargs: Any) -> Any:
         # Part of a Sequential is one of the same class without the variants.
-        for variant in vars(self).get("_tribn_variants", ()):
+        for variant in vars(self).get("_tribn_variants", ()) if cls.forward is written else ():
             if tribn_then is None or variant.takes_then:
                 values = variant.arguments.bind(args, kwargs)
                 if values is not None and all(guard.holds(self) for guard in variant.guards):
@@ -164,6 +167,7 @@ def fused_class(cls: Any) -> Any:
         y = cls.forward(self, *args, **kwargs)
         return y if tribn_then is None else tribn_then(y)
 
+    written = cls.forward
     names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (Fused, cls), names | {"__doc__": cls.__doc__})
 
@@ -194,8 +198,7 @@ class Chain:
     why: str = ""  # it ends where it ends
     after: fx.Node | None = None  # what is not fused any more
     sum: fx.Node | None = None
-    residual: int = 0  # which of its terms is the residual
-    in_place: bool = False
+    residual: int = 0  # which of its terms is the residual; -1: and it is written over the other
     act: fx.Node | None = None
     activation: Activation | None = None
     identities: list[fx.Node] = field(default_factory=list)  # passed by
@@ -307,7 +310,7 @@ class Fusion:
         chains = {}
         for head in reversed(heads):  # a sum of two goes to the later, which need not wait
             chain = self.chain(module, head, taken)
-            if not _can_wait(module, chain):
+            if not self.can_wait(module, chain):
                 chain = Chain(head, why="what is computed in between may change what goes in")
             taken.add(chain.sum)
             chains[head] = chain
@@ -315,6 +318,46 @@ class Fusion:
             if chain.after and chain.after in taken:
                 chain.why = "it is the residual of another"
         return [chains[node] for node in graph.nodes if node in chains]
+
+    def can_wait(self, module: nn.Module, chain: Chain) -> bool:
+        """Whether the first call of a chain can take the place of the last without a difference."""
+        head = _called(module, chain.head)
+        fresh = all(
+            len(x.users) == 1
+            and x.op == "call_module"
+            and isinstance(_called(module, x), (nn.modules.conv._ConvNd, nn.Linear))
+            for x in chain.head.all_input_nodes
+        )
+        node = chain.head.next
+        while node is not chain.end and chain.end is not chain.head:
+            if node is not chain.sum and not self.lets_pass(module, node, head, fresh):
+                return False
+            node = node.next
+        return True
+
+    def lets_pass(self, module: nn.Module, node: fx.Node, head: nn.Module, fresh: bool) -> bool:
+        """Whether `head` may be called after what a node calls instead of before it.
+
+        That must not write to what goes into it, unless nobody else has that, draw random numbers
+        before it does, or move running statistics that it moves too.
+        """
+        if node.op == "get_attr":
+            return node.target in dict(module.named_parameters())
+        names, writes = [_name(module, node)], _writes(node)
+        if node.op == "call_module":
+            called = _called(module, node)
+            parts = set(called.modules())
+            if parts & set(_layers(head)):
+                return False
+            if called in self.sites:
+                nodes = [n for t in self.sites[called].traces for n in t.graph.nodes]
+                return all(self.lets_pass(called, n, head, fresh) for n in nodes)
+            if not all(map(_known, parts)):
+                return False
+            names = [type(part).__name__ for part in parts]
+            writes = not fresh and any(getattr(part, "inplace", False) for part in parts)
+        draws = not isinstance(head, Layer) and any("drop" in name.lower() for name in names)
+        return not writes and not draws
 
     def chain(self, module: nn.Module, head: fx.Node, taken: set[fx.Node | None]) -> Chain:
         chain = Chain(head)
@@ -332,8 +375,8 @@ class Fusion:
             if _is_identity(module, user):
                 chain.identities.append(user)
             elif kind == "norm" and user not in taken and _is_sum(user, node):
-                chain.sum, chain.residual, kind = user, int(user.args[0] is node), "sum"
-                chain.in_place = _SUMS[user.target]
+                chain.sum, kind = user, "sum"
+                chain.residual = -1 if _SUMS[user.target] else int(user.args[0] is node)
             elif activation := _activation(module, user, node):
                 chain.act, chain.activation, chain.why = user, activation, ""
                 return chain
@@ -362,7 +405,13 @@ def _check_class(module: nn.Module) -> None:
         raise Refused("is not what is called")
     if any(
         getattr(cls, name, None) is not getattr(nn.Module, name, None)
-        for name in ("__reduce__", "__reduce_ex__", "__deepcopy__")
+        for name in (
+            "__reduce__",
+            "__reduce_ex__",
+            "__getnewargs__",
+            "__getnewargs_ex__",
+            "__deepcopy__",
+        )
     ):
         raise Refused("belongs to a class that pickles or copies itself")
     try:
@@ -425,38 +474,6 @@ def _name(module: nn.Module, node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _can_wait(module: nn.Module, chain: Chain) -> bool:
-    """Whether the first call of a chain can take the place of the last without a difference.
-
-    It comes after the calls in between then. They must not write to what goes into it, draw random
-    numbers before it does, or move running statistics that it moves too.
-    """
-    head = _called(module, chain.head)
-    fresh = all(
-        len(x.users) == 1
-        and x.op == "call_module"
-        and isinstance(_called(module, x), (nn.modules.conv._ConvNd, nn.Linear))
-        for x in chain.head.all_input_nodes
-    )
-    node = chain.head.next
-    while node is not chain.end and chain.end is not chain.head:
-        names = [_name(module, node)]
-        writes = node is not chain.sum and _writes(node)
-        if node.op == "get_attr" and node.target not in dict(module.named_parameters()):
-            return False  # a running statistic that moves
-        if node.op == "call_module":
-            parts = set(_called(module, node).modules())
-            if parts & set(_layers(head)) or not all(map(_known, parts)):
-                return False
-            names = [type(part).__name__ for part in parts]
-            writes = not fresh and any(getattr(part, "inplace", False) for part in parts)
-        draws = not isinstance(head, Layer) and any("drop" in name.lower() for name in names)
-        if writes or draws:
-            return False
-        node = node.next
-    return True
-
-
 def _known(part: nn.Module) -> bool:
     """Whether a module is torch's or tribn's, and draws no random numbers unless by dropout."""
     if isinstance(part, (Layer, nn.Sequential)):
@@ -506,7 +523,7 @@ def _fuse(graph: fx.Graph, chain: Chain, then: fx.Node | None) -> None:
         if chain.act and chain.act.op == "call_module":
             act = graph.create_node("get_attr", chain.act.target)
         residual = chain.sum.args[chain.residual] if chain.sum else None
-        args = (module, chain.head.args, act, residual, chain.in_place, then)
+        args = (module, chain.head.args, act, residual, chain.residual, then)
         fused = graph.call_function(call, args)
     chain.end.replace_all_uses_with(fused)
     gone = {chain.head, chain.sum, chain.act, *chain.identities}

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.nn.parameter import is_lazy
 
 from tribn.activation import Activation, parse
-from tribn.distributed import Ranks, is_dtensor, on_shards
+from tribn.distributed import Ranks, check_group, is_dtensor, on_shards
 from tribn.functional import (
     batch_norm,
     batch_stats,
@@ -428,6 +428,7 @@ class SyncBatchNorm(_BatchNorm):
             ValueError: a number or a name is none that is listed there.
             TypeError: an argument is of another type.
         """
+        check_group(process_group)
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
             bias=bias,

@@ -8,14 +8,9 @@ the modules that is read, to compare before the graph is used (`Guard`); and ref
 
 from __future__ import annotations
 
-import builtins
 import contextlib
-import dis
-import functools
 import inspect
-import io
 import operator
-import random
 import sys
 import types
 import warnings
@@ -27,36 +22,15 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, slice, range)
+from tribn.bytecode import CONSTANTS, Refused, reading, unread
+
 _CONTAINERS = (list, tuple, set, frozenset)
 _PLAIN = (dict, list, tuple, torch.Size)
 _MACHINERY = ("torch.fx", "torch.nn.modules.module", "torch.nn.parameter", __name__)
 
 
-# What a forward may ask for by name besides torch's functions, its own and its constants
-_BUILTINS = frozenset(
-    (
-        *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "getattr"),
-        *("hasattr", "int"),
-        *("isinstance", "len", "list", "map", "max", "min", "range", "reversed", "round"),
-        *("slice", "sorted", "str", "sum", "super", "tuple", "zip"),
-    )
-)
-_MODULES = ("torch", "math", "operator", "functools", "typing", "einops")
-# Questions whose answers a graph does not ask for again, ways past modules, and random numbers
-_STATES = frozenset(
-    (
-        *("is_compiling", "is_exporting", "is_dynamo_compiling", "is_in_onnx_export"),
-        *("is_tracing", "is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled"),
-        *("is_initialized", "__dict__", "__class__", "children", "modules", "parameters"),
-        *("named_children", "named_modules", "named_parameters", "buffers", "named_buffers"),
-        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "rrelu"),
-    )
-)
-
-
-class Refused(Exception):
-    """Why a forward cannot be told from its trace, in words that follow its name."""
+class Absent:
+    """What a guard has for a value where there is none."""
 
 
 class Guard(NamedTuple):
@@ -71,16 +45,37 @@ class Guard(NamedTuple):
 
     def holds(self, module: nn.Module) -> bool:
         try:
-            for step in self.path:
-                module = module._modules[step]  # type: ignore[assignment]
-            value: Any = module is not None
-            if self.name:
-                value = operator.attrgetter(self.name)(module)
+            module = _follow(module, self.path)
         except (AttributeError, KeyError):
             return False
+        value: Any = module is not None
+        if self.name:
+            try:
+                value = operator.attrgetter(self.name)(module)
+            except AttributeError:
+                value = Absent
         if self.name == "_modules":
             value = tuple(value)
         return type(value) is type(self.value) and bool(value == self.value)
+
+
+class Alias(NamedTuple):
+    """That the modules at two paths are one, which the graph has by the first."""
+
+    path: tuple[str, ...]
+    other: tuple[str, ...]
+
+    def holds(self, module: nn.Module) -> bool:
+        try:
+            return _follow(module, self.path) is _follow(module, self.other)
+        except (AttributeError, KeyError):
+            return False
+
+
+def _follow(module: Any, path: tuple[str, ...]) -> Any:
+    for step in path:
+        module = module._modules[step]
+    return module
 
 
 class Arguments(NamedTuple):
@@ -111,7 +106,7 @@ class Trace:
 
     graph: fx.Graph
     arguments: Arguments
-    guards: tuple[Guard, ...]
+    guards: tuple[Guard | Alias, ...]
 
 
 def trace(module: nn.Module) -> list[Trace]:
@@ -123,12 +118,7 @@ def trace(module: nn.Module) -> list[Trace]:
     Raises:
         Refused: the forward does what no graph tells.
     """
-    forward = type(module).forward
-    required, *more = _arguments(forward)
-    if hasattr(forward, "__wrapped__"):
-        raise Refused("has a decorator")
-    if not forward.__module__.startswith("torch.nn."):
-        _check(forward.__code__, forward.__globals__)
+    required, *more = _arguments(type(module).forward)
     traces = _trace_modes(module, required)
     for arguments in more:
         with contextlib.suppress(Refused):
@@ -136,49 +126,11 @@ def trace(module: nn.Module) -> list[Trace]:
     return traces
 
 
-def _check(code: types.CodeType, names: dict[str, Any]) -> None:
-    """That code does nothing a trace would lose: by what it is compiled to."""
-    constant: Any = ...
-    for step in dis.get_instructions(code):
-        kind, value = step.opname, step.argval
-        if kind in ("SETUP_FINALLY", "PUSH_EXC_INFO"):
-            raise Refused("has a with or try statement")
-        if "WITH" in kind:
-            raise Refused("has a with statement")
-        if kind == "IS_OP" and constant not in (None, True, False):
-            raise Refused("asks what a value is")
-        if kind in ("STORE_ATTR", "STORE_GLOBAL", "DELETE_ATTR", "DELETE_GLOBAL"):
-            raise Refused(f"sets {value}")
-        if value in _STATES and ("ATTR" in kind or "METHOD" in kind):
-            raise Refused(f"asks for {value}")
-        if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
-            _check_global(value, names)
-        if not kind.startswith(("CACHE", "EXTENDED_ARG")):
-            constant = value if kind == "LOAD_CONST" else ...
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            _check(inner, names)
-
-
-def _check_global(name: str, names: dict[str, Any]) -> None:
-    value = names.get(name)
-    if name not in names:
-        value = vars(builtins).get(name)
-        exception = isinstance(value, type) and issubclass(value, Exception)
-        if name not in _BUILTINS and not exception:
-            raise Refused(f"calls {name}")
-    elif isinstance(value, types.ModuleType):
-        if value.__name__.split(".")[0] not in _MODULES:
-            raise Refused(f"uses the module {value.__name__}")
-    elif not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        raise Refused(f"reads the global {name}")
-
-
 def _trace_modes(module: nn.Module, arguments: Arguments) -> list[Trace]:
     first = _trace(module, arguments)
-    if all(guard.name != "training" for guard in first.guards):
+    if not any(isinstance(guard, Guard) and guard.name == "training" for guard in first.guards):
         return [first]
-    modes = [(m, m.training) for m in module.modules()]
+    modes = [(m, m.training) for m in module.modules() if "training" in vars(m)]
     try:
         for m, training in modes:
             vars(m)["training"] = not training
@@ -190,18 +142,17 @@ def _trace_modes(module: nn.Module, arguments: Arguments) -> list[Trace]:
 
 def _trace(module: nn.Module, arguments: Arguments) -> Trace:
     tracer = _Tracer(arguments)
-    printed = io.StringIO()
     _running.append(tracer)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(printed),
-            _without_randomness(),
-        ):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")
             graph = tracer.trace(module)
             next(iter(reversed(graph.nodes))).type = None  # an annotation is no part of it
             compile(graph.python_code("self").src, "", "exec")
+            guards: list[Guard | Alias] = [*tracer.guards.values(), *_aliases(module, graph)]
+            kept = all(tracer.guards[at].value == copy for at, copy in tracer.copies.items())
+            if not kept or not all(guard.holds(module) for guard in guards):
+                raise Refused("changes values of its own")
     except Refused:
         raise
     except Exception as error:  # whatever the code of the model raises when it gets a stand-in
@@ -211,12 +162,23 @@ def _trace(module: nn.Module, arguments: Arguments) -> Trace:
         _running.remove(tracer)
     if tracer.refusal:  # which the forward has caught
         raise Refused(tracer.refusal)
-    if printed.getvalue():
-        raise Refused("prints")
-    guards = tuple(tracer.guards.values())
-    if not all(guard.holds(module) for guard in guards):
-        raise Refused("changes values of its own")
-    return Trace(graph, arguments._replace(lists=frozenset(tracer.lists)), guards)
+    return Trace(graph, arguments._replace(lists=frozenset(tracer.lists)), tuple(guards))
+
+
+def _aliases(module: nn.Module, graph: fx.Graph) -> Iterator[Alias]:
+    """Of the modules that a graph calls, or has parts of, those with another path."""
+    used = [tuple(str(n.target).split(".")) for n in graph.nodes if n.op == "call_module"]
+    first: dict[nn.Module, tuple[str, ...]] = {}
+    queue: list[tuple[nn.Module, tuple[str, ...]]] = [(module, ())]
+    while queue:
+        m, path = queue.pop()
+        if first.setdefault(m, path) is path:
+            below = [
+                (child, (*path, name)) for name, child in m._modules.items() if child is not None
+            ]
+            queue += reversed(below)  # in the order of named_modules
+        elif any(path[: len(first[m])] == first[m] for path in used):
+            yield Alias(first[m], path)
 
 
 def _arguments(forward: Callable[..., Any]) -> list[Arguments]:
@@ -237,35 +199,6 @@ def _arguments(forward: Callable[..., Any]) -> list[Arguments]:
             raise Refused(f"takes *{p.name}")
     calls = [required, required + optional] if optional else [required]
     return [Arguments(tuple(names), tuple(c), frozenset(optional) - set(c)) for c in calls]
-
-
-@contextlib.contextmanager
-def _without_randomness() -> Iterator[None]:
-    """Refuses code that draws random numbers, and gives the generators their states back."""
-    numpy: Any = sys.modules.get("numpy")
-    state = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-    try:
-        yield
-        drawn = not torch.equal(torch.get_rng_state(), state[0]) or random.getstate() != state[1]
-        if drawn or (numpy and numpy.random.get_state()[2:] != state[2][2:]):
-            raise Refused("draws random numbers")
-    finally:
-        torch.set_rng_state(state[0])
-        random.setstate(state[1])
-        if numpy:
-            numpy.random.set_state(state[2])
-
-
-_grad = torch.is_grad_enabled
-
-
-def _modes() -> tuple[bool, ...]:
-    return (
-        _grad(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
 
 
 class _Value(fx.Proxy):
@@ -326,9 +259,10 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.copies: dict[tuple[tuple[str, ...], str], Any] = {}  # of containers, as handed out
+        self.types: list[Guard] = []  # of the modules that are read
         self.lists: set[str] = set()
         self.refusal = ""
-        self.modes = _modes()
 
     def refuse(self, reason: str) -> NoReturn:
         self.refusal = reason
@@ -343,7 +277,11 @@ class _Tracer(fx.Tracer):
 
         def forward(module: nn.Module, *values: Any) -> Any:
             named = dict(zip(given[n:], values[n:], strict=True))
-            return root_fn(module, *values[:n], **named)
+            with reading(self.refuse) as asked:
+                y = root_fn(module, *values[:n], **named)
+            if "isinstance" in asked:
+                self.guards |= {(guard.path, guard.name): guard for guard in self.types}
+            return y
 
         return forward, [self.root, *values]
 
@@ -381,14 +319,9 @@ class _Tracer(fx.Tracer):
             self.refuse(f"makes a {type(a).__name__}")
         return super().create_arg(a)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes:
-            self.refuse("changes a mode, such as no_grad or autocast")
-        return super().create_node(*args, **kwargs)
-
     def note(self, module: nn.Module, name: str, value: Any) -> Any:
         """What the forward reads: the value, once it has been written down."""
-        if isinstance(value, types.MethodType) or type(value) is _Value:
+        if type(value) is _Value:
             return value
         path = (self.submodule_paths or {}).get(module)
         if path is None:
@@ -396,16 +329,31 @@ class _Tracer(fx.Tracer):
         steps = tuple(path.split(".")) if path else ()
         if isinstance(value, nn.Module):  # looked up again when the graph runs
             guard = Guard((*steps, name))
+            self.note_type(guard.path, value)
         elif name == "_modules":
             guard = Guard(steps, name, tuple(value))
+            for child, of in value.items():
+                self.note_type((*steps, child), of)
+        elif isinstance(value, types.MethodType):
+            if value.__self__ is not module and not isinstance(value.__self__, type):
+                self.refuse(f"reads {name}, a method of another object")
+            guard = Guard(steps, f"{name}.__func__", value.__func__)
         elif isinstance(value, Tensor):
             self.refuse(f"reads {name}, a tensor that is no parameter or buffer")
         elif _constant(value):
             guard = Guard(steps, name, deepcopy(value))
         else:
             return _Settings(self, module, name, value)
-        self.guards.setdefault((guard.path, guard.name), guard)
+        at = guard.path, guard.name
+        self.guards.setdefault(at, guard)
+        if isinstance(value, (*_CONTAINERS, dict)) and name != "_modules":
+            return self.copies.setdefault(at, deepcopy(value))
         return value
+
+    def note_type(self, path: tuple[str, ...], module: nn.Module | None) -> None:
+        if module is not None:  # by its name: that of a rewritten module is the same
+            name = type(module).__qualname__
+            self.types.append(Guard(path, "__class__.__qualname__", name))
 
 
 class _Settings:
@@ -422,10 +370,12 @@ class _Settings:
 
     def __getattr__(self, name: str) -> Any:
         tracer, module, path, value = self.__dict__["_read"]
-        found = getattr(value, name)
-        if not _constant(found):
-            tracer.refuse(f"reads {path}.{name}, a {type(found).__name__}")
-        return tracer.note(module, f"{path}.{name}", found)
+        with unread():  # how it comes by its values is its own affair: they are compared
+            found = getattr(value, name, Absent)
+            if not _constant(found):
+                tracer.refuse(f"reads {path}.{name}, a {type(found).__name__}")
+            found = tracer.note(module, f"{path}.{name}", found)
+            return getattr(value, name) if found is Absent else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         tracer, _, path, _ = self.__dict__["_read"]
@@ -438,7 +388,7 @@ def _constant(value: Any) -> bool:
         return all(map(_constant, value))
     if isinstance(value, dict):
         return all(_constant(v) for item in value.items() for v in item)
-    return isinstance(value, (*_CONSTANTS, types.FunctionType, types.BuiltinFunctionType, type))
+    return isinstance(value, (*CONSTANTS, types.FunctionType, types.BuiltinFunctionType, type))
 
 
 # What the machinery of nn.Module does not tell, where a forward is traced.
@@ -448,7 +398,7 @@ _running: list[_Tracer] = []
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """Shows the tracer what is read from modules, and refuses what a graph would not show.
+    """Shows the tracer what is read from modules.
 
     Around many traces: a change of nn.Module makes Python forget what it found in its subclasses.
     """
@@ -456,36 +406,20 @@ def watching() -> Iterator[None]:
     def getattribute(module: nn.Module, name: str) -> Any:
         if not _running or name.startswith("__") or _reader().startswith(_MACHINERY):
             return object.__getattribute__(module, name)
-        modules: Any = object.__getattribute__(module, "_modules")
-        value = modules.get(name)
-        value = object.__getattribute__(module, name) if value is None else value
-        return _running[-1].note(module, name, value)
+        try:
+            value = object.__getattribute__(module, name)
+        except AttributeError:
+            kinds = ("_parameters", "_buffers", "_modules")
+            held: Any = [object.__getattribute__(module, kind) for kind in kinds]
+            value = next((of[name] for of in held if name in of), Absent)
+            if isinstance(value, Tensor):
+                raise  # torch.fx goes on from here
+        with unread():
+            value = _running[-1].note(module, name, value)
+        return object.__getattribute__(module, name) if value is Absent else value
 
-    def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            if _running and not _reader().startswith("torch.autograd"):  # as no_grad asks
-                _running[-1].refuse(reason)
-            return function(*args, **kwargs)
-
-        return refuse
-
-    apply = torch.autograd.Function.__dict__["apply"]
-    changes: list[tuple[Any, str, Any]] = [
-        (nn.Module, "__setattr__", refusing(nn.Module.__setattr__, "sets an attribute")),
-        (
-            *(torch.autograd.Function, "apply"),
-            classmethod(refusing(apply.__func__, "calls an autograd function")),
-        ),
-        (torch, "is_grad_enabled", refusing(_grad, "asks whether gradients are enabled")),
-    ]
-    kept = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
     nn.Module.__getattribute__ = getattribute  # type: ignore[assignment, method-assign]
     try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
         yield
     finally:
-        for owner, name, value in kept:
-            setattr(owner, name, value)
         del nn.Module.__getattribute__
