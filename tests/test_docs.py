@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import pydoc
 import re
 import shlex
@@ -23,7 +24,8 @@ import tribn.__main__
 from perf.__main__ import main as perf
 
 ROOT = Path(tribn.__file__).parents[1]
-DOCUMENTS = ["README.md", "perf/README.md", "docs/migration.md", ".github/CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "perf/README.md", ".github/CONTRIBUTING.md"]
+DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def public():
@@ -143,6 +145,20 @@ def test_report_of_the_readme():
     shown = text.splitlines()
     assert lines[: len(shown)] == shown
     assert len(lines) - len(shown) == 12  # as it says
+
+
+def test_traffic_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    results = [
+        json.loads((ROOT / f"perf/results/traffic-resnet50{layout}.json").read_text())["totals"]
+        for layout in ("", "-channels-last")
+    ]
+    for first, last in zip(*results, strict=True):
+        units = [
+            f"{of['forward']:.1f} + {of['backward']:.1f} = {of['both']:.1f}"
+            for of in (first["units"], last["units"])
+        ]
+        assert f"| {' | '.join([first['path'], *units])} | {first['saved']:.1f} |" in text
 
 
 def commands():
