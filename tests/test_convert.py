@@ -631,7 +631,7 @@ def test_only_modules_are_converted(function):
     [lambda g: tribn.SyncBatchNorm(3, process_group=g), lambda g: sync(nn.BatchNorm2d(3), g)],
 )
 def test_what_is_no_process_group_is_said(make):
-    with pytest.raises(TypeError, match="process_group is 'all', a str: give the ProcessGroup"):
+    with pytest.raises(TypeError, match="process_group is 'all' of type str: give"):
         make("all")
 
 

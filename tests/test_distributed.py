@@ -501,6 +501,27 @@ def accumulated(rank, momentum):
     return layer.state_dict()
 
 
+def updated(rank):
+    """State of a layer after `update_stats` with a rank's share of the data; with all of it."""
+    torch.manual_seed(0)
+    x = torch.randn(12, 3, 4) * 2 + 5
+    x[0, 1, 2] = torch.inf  # that share says nothing of this channel
+    parts = [x[share] for share in shares(12, 4, "empty")]
+    cls = tribn.BatchNorm1d if rank is None else tribn.SyncBatchNorm
+    layer = cls(3, nonfinite="skip")
+    tribn.update_stats(layer, parts if rank is None else [parts[rank]])
+    return layer.state_dict()
+
+
+def test_updated_statistics_are_those_of_all_ranks(pool):
+    expected, results = updated(None), pool(updated)
+    for state in results:
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(state[name], expected[name])
+            assert torch.equal(state[name], results[0][name])
+        assert state["num_batches_tracked"] == 1
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_accumulated_statistics_are_those_of_all_ranks(momentum, pool):
     expected, results = accumulated(None, momentum), pool(accumulated, momentum)
@@ -733,6 +754,10 @@ def test_shards_are_one_batch_and_stay_where_they_are(cls, axis, pool):
     pool(sharded, cls, axis)
 
 
+def replicated(x, mesh):
+    return distribute_tensor(x, mesh, [Replicate(), Replicate()])
+
+
 def misplaced(rank):
     mesh = init_device_mesh("cpu", (2, 2))
     layer, x = tribn.SyncBatchNorm(4), torch.randn(4, 4)
@@ -740,6 +765,20 @@ def misplaced(rank):
     for placements, text in ((both, "at most"), ([Shard(1), Replicate()], "divides its channels")):
         with pytest.raises(ValueError, match=text):
             layer(distribute_tensor(x, mesh, placements))
+    whole = distribute_tensor(x, mesh, [Shard(0), Replicate()])
+    for other in (distribute_tensor(x, mesh, [Replicate(), Shard(0)]), replicated(x, mesh)):
+        with pytest.raises(ValueError, match=r"residual .*must be \(Shard\(dim=0\), Replicate"):
+            layer(whole, residual=other)
+    image, mask = torch.randn(4, 4, 8), torch.ones(4, 8, dtype=torch.bool)
+    along = distribute_tensor(image, mesh, [Shard(2), Replicate()])
+    with pytest.raises(ValueError, match=r"mask .*must be \(Shard\(dim=1\), Replicate"):
+        layer(along, mask=distribute_tensor(mask, mesh, [Shard(0), Replicate()]))
+    with pytest.raises(ValueError, match="divides the axis that lengths are of"):
+        layer(along, lengths=torch.full((4,), 8))
+    with pytest.raises(TypeError, match=r"input is a DTensor: functions take local tensors"):
+        tribn.functional.batch_norm(whole, None, None, training=True)
+    with pytest.raises(TypeError, match=r"residual is a DTensor: functions take local tensors"):
+        tribn.BatchNorm1d(4)(x, residual=whole)
     layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, both))
     with pytest.raises(ValueError, match="must be Replicate"):
         layer(distribute_tensor(x, mesh, [Shard(0), Replicate()]))

@@ -658,7 +658,11 @@ def test_statistics_that_cannot_be_updated_are_refused_in_training(change, messa
     with pytest.raises(ValueError, match=f"{name} {message}"):
         batch_norm(x, **states, training=True)
     assert all((state == 1).all() for state in states.values())
-    batch_norm(x, **states)
+    with torch.no_grad():
+        batch_norm(x, **states)
+    if states[name].requires_grad:
+        with pytest.raises(ValueError, match="in evaluation it is a constant; detach it"):
+            batch_norm(x, **states)
 
 
 def test_one_tensor_cannot_be_both_statistics(device):

@@ -188,6 +188,18 @@ def test_onnx_has_batch_normalization_and_the_activation(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(y), eager(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the exporter's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_batch_statistics_that_move_nothing_are_exported_without_tribn(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    eager, x = net("untracked", "cpu", training=False), images(6, "cpu")
+    nodes = torch.export.export(eager, (x,)).graph.nodes
+    assert not [node for node in nodes if str(node.target).startswith("tribn.")]
+    torch.onnx.export(eager, (x,), str(tmp_path / "net.onnx"), dynamo=True, verbose=False)
+    (y,) = runtime.InferenceSession(str(tmp_path / "net.onnx")).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), eager(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_by_torchscript():
     eager = net("relu", "cpu", training=False)
@@ -206,6 +218,8 @@ def test_symbolically_traced_a_layer_is_one_call(name, device):
     for training in (False, True):
         assert torch.equal(traced.train(training)(x), eager.train(training)(x))
     assert all(map(torch.equal, traced.buffers(), eager.buffers()))
+    with pytest.raises(TypeError, match="traced by itself: a layer is one call; trace a module"):
+        torch.fx.symbolic_trace(eager.first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -247,6 +261,15 @@ def test_update_bn_averages_over_batches(device):
     torch.testing.assert_close(model.first.running_mean, reference.running_mean)
     torch.testing.assert_close(model.first.running_var, reference.running_var)
     assert model.first.momentum == 0.1
+
+
+def test_update_bn_leaves_frozen_layers_alone(device):
+    layer = tribn.freeze(tribn.BatchNorm2d(C, device=device))
+    layer.running_mean.fill_(2)
+    layer.running_var.fill_(3)
+    torch.optim.swa_utils.update_bn([images(6, device)], layer)
+    assert layer.running_mean.tolist() == [2.0] * C
+    assert layer.running_var.tolist() == [3.0] * C
 
 
 def test_a_parametrized_weight_is_trained(device):

@@ -252,6 +252,15 @@ def test_nothing_moves_when_accumulating_fails_and_afterwards_all_is_as_before()
     assert layer.num_batches_tracked == 1
 
 
+def test_vmap_is_not_accumulated():
+    layer = tribn.BatchNorm1d(3)
+    met = pytest.raises(TypeError, match=r"met torch\.func\.vmap.*: leave it out")
+    with met, tribn.accumulate_stats(layer):
+        torch.func.vmap(layer)(torch.randn(2, 4, 3))
+    assert layer.track_running_stats
+    assert layer.num_batches_tracked == 0
+
+
 def test_only_what_is_in_training_and_used_is_accumulated():
     layers = {
         "used": tribn.BatchNorm1d(3),

@@ -126,6 +126,11 @@ TRANSFORMS = {
     "jacfwd": lambda f, inputs, of: jacfwd(f, of)(*inputs),
     "hessian": lambda f, inputs, of: hessian(scalar(f), of)(*inputs),
     "jacrev of jacfwd": lambda f, inputs, of: jacrev(jacfwd(scalar(f)))(*inputs),
+    "jacfwd of jacfwd": lambda f, inputs, of: jacfwd(jacfwd(scalar(f), of), of)(*inputs),
+    "jvp of jvp of grad": lambda f, inputs, of: jvp(
+        lambda *i: jvp(grad(scalar(f), of), i, tuple(t.cos() for t in i)),
+        *(inputs, tuple(t.sin() for t in inputs)),
+    ),
 }
 
 
@@ -133,6 +138,17 @@ TRANSFORMS = {
 def test_derivatives(transform, case):
     results = (TRANSFORMS[transform](f, case.inputs, every(case)) for f in (case.ours, case.theirs))
     assert_equal(*results)
+
+
+def test_running_statistics_move_once_under_forward_mode_twice(device):
+    case = Case("silu", True, device)
+    state = torch.zeros(C, dtype=F64), torch.ones(C, dtype=F64), torch.tensor(0)
+    case.statistics = [t.to(device) for t in state[:2]]
+    case.options["num_batches_tracked"] = state[2].to(device)
+    x = case.inputs[0]
+    jvp(lambda x: jvp(lambda x: case.ours(x, *case.inputs[1:]), (x,), (x,)), (x,), (x,))
+    assert case.options["num_batches_tracked"] == 1
+    torch.testing.assert_close(case.statistics[0], 0.1 * x.mean((0, 2)))
 
 
 def examples(case, axis=0):
@@ -157,6 +173,48 @@ def test_vmap(case, which, axis):
         for f in (case.ours, case.theirs)
     )
     assert_equal(*of_all)
+
+
+def test_gradients_through_those_of_examples_with_one_mask(device):
+    """Where examples go one by one, so that each has a count of its own."""
+    results = []
+    for ours in (True, False):
+        case = Case("mask", True, device)
+        if ours:
+            case.statistics = [torch.zeros(C, dtype=F64, device=device) for _ in range(2)]
+        xs, weight, bias = examples(case)[0], *case.inputs[1:]
+
+        def gradient(weight, x, f=case.ours if ours else case.theirs, bias=bias):
+            return grad(lambda w: scalar(f)(x, w, bias))(weight)
+
+        def total(weight, xs=xs, gradient=gradient):
+            return vmap(gradient, (None, 0))(weight, xs).square().sum()
+
+        results.append(grad(total)(weight))
+    assert_equal(*results)
+
+
+def test_vmap_of_no_examples_is_an_error(device):
+    with pytest.raises(ValueError, match="has no examples: give it at least one"):
+        vmap(lambda x: batch_norm(x, None, None, training=True))(
+            torch.randn(0, 4, 3, device=device)
+        )
+
+
+def test_operators_called_directly_have_tangents(device):
+    case = Case("relu", True, device)
+    x = case.inputs[0]
+    numbers = (0.1, 1, False, EPS, 1, "relu", 0.0, 0.0, False, False)
+
+    def operator(x):
+        return torch.ops.tribn.batch_norm_train(x, *case.inputs[1:3], *[None] * 5, *numbers)[0]
+
+    with forward_ad.dual_level():
+        tangents = [
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+            for f in (operator, lambda x: case.theirs(x, *case.inputs[1:]))
+        ]
+    assert_equal(*tangents)
 
 
 def test_vmap_over_masks(device):

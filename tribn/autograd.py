@@ -188,7 +188,9 @@ def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
     """
     if weight is None:
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if weight.is_meta or type(weight) not in (Tensor, torch.nn.Parameter):  # fake ones
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -212,9 +214,13 @@ def backward(ctx: Any, dy: Tensor) -> Grads:
     rest = (from_output, dtype, residual_dtype, wanted)
     dx: Tensor | None
     if torch.is_grad_enabled() or transformed():
-        dx, dweight, dbias, dresidual = BatchNormBackward.apply(
-            *(dy, *tensors, *options.backward, *rest), stride, options.ranks
-        )
+        args = (dy, *tensors, *options.backward, *rest, stride, options.ranks)
+        if twice_forward():
+            gradients, inputs = _gradients(args[:10], args[10:])
+            found = gradients(inputs)
+            dx, dweight, dbias, dresidual = map(found.get, NAMES[:4])
+        else:
+            dx, dweight, dbias, dresidual = BatchNormBackward.apply(*args)
     else:
         plain = _plain(options.signature, [t for t in (dy, *tensors) if t is not None])
         dx, dweight, dbias, dresidual = distributed.batch_norm_backward(
@@ -243,6 +249,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def twice_forward() -> bool:
+    """Whether tangents of tangents are wanted, which PyTorch drops where a function has a jvp."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+
+
 class BatchNormBackward(torch.autograd.Function):
     """The gradients by their operator, and theirs by the formula."""
 
@@ -259,20 +271,23 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = pull(*_gradients(ctx), named(*grads))
+        found = pull(*_gradients(ctx.saved_tensors, ctx.facts), named(*grads))
         x, weight, bias, residual, dy = (found.get(name) for name in NAMES)
         return dy, x, None, None, weight, bias, residual, *(None,) * 16
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         dy, x, _, _, weight, bias, residual, *_ = tangents
-        found = push(*_gradients(ctx), named(x, weight, bias, residual, dy))
+        found = push(
+            *_gradients(ctx.saved_tensors, ctx.facts), named(x, weight, bias, residual, dy)
+        )
         return tuple(found.get(name) for name in NAMES[:4])
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> Any:
         B, axis, bits = info.batch_size, args[12], args[7]
-        if bits is not None or in_dims[8] is not None:  # bits lie packed, channels share the mask
+        # Bits lie packed, and the channels share the mask and its count.
+        if bits is not None or any(d is not None for d in in_dims[8:10]):
             return one_by_one(BatchNormBackward.apply, B, in_dims, args)
         axes = axis, axis, 0, 0, 0, 0, axis  # of dy, x, mean, var, weight, bias, residual
         folded = [fold(*of, B) for of in zip(args, in_dims, axes, strict=False)]
@@ -281,13 +296,13 @@ class BatchNormBackward(torch.autograd.Function):
         return tuple(unfold(*of, B) for of in zip(results, out_dims, strict=True)), out_dims
 
 
-def _gradients(ctx: Any) -> tuple[Callable[[Tensors], Tensors], Tensors]:
+def _gradients(
+    tensors: Sequence[Any], facts: Sequence[Any]
+) -> tuple[Callable[[Tensors], Tensors], Tensors]:
     """What `BatchNormBackward` computes, as a function of tensors by name, and these."""
-    dy, x, mean, var, weight, bias, residual, bits, mask, count = ctx.saved_tensors
-    eps, training, axis, *act, act_first, from_output, dtype, residual_dtype, wanted = ctx.facts[
-        :-2
-    ]
-    stride, ranks = ctx.facts[-2:]
+    dy, x, mean, var, weight, bias, residual, bits, mask, count = tensors
+    eps, training, axis, *act, act_first, from_output, dtype, residual_dtype, wanted = facts[:-2]
+    stride, ranks = facts[-2:]
     if from_output:
         raise RuntimeError(
             "memory is 'inplace', which keeps no input: gradients of gradients need memory='input'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import gc
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -106,12 +107,15 @@ def reading(refuse: Callable[[str], None]) -> Iterator[set[str]]:
             except Refused as refusal:
                 refuse(str(refusal))
 
-    before = sys.getprofile()
+    before, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what it calls is not called by the code
     sys.setprofile(called)
     try:
         yield asked
     finally:
         sys.setprofile(before if callable(before) else None)
+        if collecting:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -34,7 +34,9 @@ class Ranks(NamedTuple):
 
         Raises:
             ValueError: this process does not belong to it.
+            TypeError: it is none.
         """
+        check_group(group)
         size = torch.distributed.get_world_size(group)
         if size < 0:
             raise ValueError(
@@ -54,8 +56,8 @@ def check_group(group: Any) -> None:
     )
     if not given:
         raise TypeError(
-            f"process_group is {group!r}, a {type(group).__name__}: give the ProcessGroup that "
-            "torch.distributed.new_group returns, or None for all processes"
+            f"process_group is {group!r} of type {type(group).__name__}: give the ProcessGroup "
+            "that torch.distributed.new_group returns, or None for all processes"
         )
 
 
@@ -151,13 +153,14 @@ def on_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Raises:
         ValueError: input is placed otherwise than Shard along one dimension of the mesh, by another
-            axis than the channels', and Replicate; a tensor per channel otherwise than Replicate.
+            axis than the channels', and Replicate; a tensor per channel otherwise than Replicate;
+            another otherwise than the input, or lengths where that is divided by their axis.
     """
 
     def run(
         input: Any, *per_channel: Any, channel_axis: int, process_group: Any, **options: Any
     ) -> Any:
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
         mesh, placements, axis = input.device_mesh, input.placements, channel_axis % input.dim()
         dims = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
@@ -183,15 +186,34 @@ def on_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 )
             return t.to_local(grad_placements=summed)
 
-        def local(t: Any) -> Any:
-            return t.to_local() if isinstance(t, DTensor) else t
+        def local(name: str, t: Any) -> Any:
+            if name == "lengths" and t is not None and any(placements[d].dim != 0 for d in dims):
+                raise ValueError(
+                    f"input is a DTensor placed {placements}, which divides the axis that lengths "
+                    "are of: redistribute it, or give a mask"
+                )
+            if not isinstance(t, DTensor):
+                return t
+            wanted = placements
+            if name == "num_batches_tracked":
+                wanted = (Replicate(),) * mesh.ndim
+            if name == "mask":  # which has no axis of channels
+                wanted = tuple(
+                    Shard(p.dim - (p.dim > axis)) if p.is_shard() else p for p in placements
+                )
+            if (t.device_mesh, t.placements) != (mesh, wanted):
+                raise ValueError(
+                    f"{name} is a DTensor placed {t.placements} on {t.device_mesh}: with input "
+                    f"placed {placements} on {mesh} it must be {wanted}; redistribute it"
+                )
+            return t.to_local()
 
         y = function(
-            local(input),
+            input.to_local(),
             *map(whole, per_channel),
             channel_axis=channel_axis,
             process_group=mesh.get_group(dims[0]) if dims else None,
-            **{name: local(value) for name, value in options.items()},
+            **{name: local(name, value) for name, value in options.items()},
         )
         like = torch.empty_strided(input.shape, input.stride(), device="meta")
         return DTensor.from_local(

@@ -1,7 +1,8 @@
 """Batch norm in graphs for use elsewhere, by torch.export, ONNX and TorchScript.
 
 Evaluation is there in PyTorch's own operators, which are fused there as well as here, and need no
-tribn. Training is one operator, which can be differentiated.
+tribn; by the batch's statistics too, where there are no others. Training that moves some, or has a
+mask, is one operator, which can be differentiated.
 """
 
 from __future__ import annotations
@@ -34,14 +35,11 @@ def batch_norm(
             "a synchronized layer in training has no graph for use elsewhere: export it in "
             "evaluation, after model.eval()"
         )
-    if options.training:
+    if options.training and (mask is not None or state[0] is not None):
         tensors = (x, weight, bias, residual, mask, *state)
         y: Tensor
         y, *_ = ops.batch_norm_train(*tensors, *options.forward[:-1], False)
         return y
-    mean, var = state
-    assert mean is not None
-    assert var is not None
     axis, act_first = options.axis, options.act_first
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     wider = accumulator(dtype)
@@ -57,7 +55,8 @@ def batch_norm(
     if act_first:
         z = options.activation(z)
     weight, bias = (None if t is None else cast(t) for t in (weight, bias))
-    z = F.batch_norm(z, cast(mean), cast(var), weight, bias, eps=options.eps)
+    mean, var = (None if t is None else cast(t) for t in state[:2])
+    z = F.batch_norm(z, mean, var, weight, bias, options.training, eps=options.eps)
     z = moved(z, 1, axis)
     if residual is not None:
         z = z + residual

@@ -11,7 +11,7 @@ from torch import Tensor
 from tribn import export, ops, transforms
 from tribn.activation import Activation, parse
 from tribn.autograd import BatchNormEval, BatchNormTrain, Options, transformed
-from tribn.distributed import Ranks
+from tribn.distributed import Ranks, is_dtensor
 from tribn.export import exporting
 from tribn.reference import DTYPES
 
@@ -157,6 +157,7 @@ def batch_stats(
         ValueError, TypeError: as `batch_norm`.
     """
     axis = check_input(input, channel_axis)
+    _check_local("input", input)
     _check_mask(mask, lengths, input, axis)
     if lengths is not None:
         mask = mask_of(lengths, input, axis)
@@ -224,6 +225,7 @@ def _checked(
     ranks: Ranks | None,
 ) -> Options:
     axis = check_input(input, channel_axis, training and ranks is None)
+    _check_local("input", input)
     if (running_mean is None) != (running_var is None):
         given, missing = "running_mean", "running_var"
         if running_mean is None:
@@ -252,6 +254,11 @@ def _checked(
             )
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps is {eps}: it must not be negative or infinite")
+        for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+            if grad and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient: in evaluation it is a constant; detach it"
+                )
     else:
         check_eps(eps)
         if momentum is not None:
@@ -318,18 +325,30 @@ def check_bool(name: str, value: object) -> None:
 
 def check_eps(eps: float) -> None:
     check_number("eps", eps)
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps is {eps}: it must be positive and finite")
+    if not torch.finfo(torch.float32).tiny <= eps < math.inf:
+        raise ValueError(
+            f"eps is {eps}: it must be positive and finite, in float32 too: 1.2e-38 or more"
+        )
 
 
 def check_tensor(name: str, value: object) -> None:
     """That something is a tensor whose elements lie in memory by strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")
+    if isinstance(value, torch.masked.MaskedTensor):
+        raise TypeError(f"{name} is a MaskedTensor: give {name}.get_data(), and its mask as mask=")
     if value.is_nested:
         raise TypeError(f"{name} is nested: it must be dense; pad it and give a mask")
     if value.layout != torch.strided:
         raise TypeError(f"{name} is {value.layout}: it must be dense; convert it with to_dense()")
+
+
+def _check_local(name: str, tensor: Tensor) -> None:
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a DTensor: functions take local tensors, {name}.to_local(); layers take "
+            "DTensors, if input is one"
+        )
 
 
 def check_dtype(name: str, dtype: object, remedy: str = "") -> None:
@@ -455,6 +474,7 @@ def _check_state(name: str, state: Tensor) -> None:
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    _check_local(name, tensor)
     if tensor.device != input.device:
         raise ValueError(
             f"{name} is on {tensor.device} and input on {input.device}: move one to the other"

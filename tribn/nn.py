@@ -166,6 +166,11 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             given = {"residual": residual, "mask": mask, "lengths": lengths}
             given["activation"] = activation
             given = {name: value for name, value in given.items() if value is not None}
+            if input.tracer.root is self:
+                raise TypeError(
+                    f"{type(self).__name__} is traced by itself: a layer is one call; trace a "
+                    "module that has it"
+                )
             path = input.tracer.path_of_module(self)
             return input.tracer.create_proxy("call_module", path, (input,), given)
         check_tensor("input", input)
@@ -254,6 +259,11 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             torch.nn.init.ones_(self.weight)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
+
+    def reset_running_stats(self) -> None:
+        """Sets the running statistics to those of no batch; a frozen layer keeps its own."""
+        if not vars(self).get("frozen"):  # which torch.optim.swa_utils.update_bn does not ask
+            super().reset_running_stats()
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()

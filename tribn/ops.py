@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tribn import reference
 from tribn.reference import accumulator, new_bits, output
@@ -57,7 +58,9 @@ def differentiate(operator: Any, function: Callable[..., Any]) -> None:
     """What takes an operator's place where a gradient may be asked for."""
 
     def run(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        # In a function's forward neither is on.
+        grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if grad or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
             return function(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from operator import length_hint
 from typing import Any
 
@@ -15,6 +16,7 @@ from tribn.distributed import gather, is_dtensor
 from tribn.functional import batch_stats, computing_again, mask_of, merge_stats
 from tribn.nn import Layer, ranks_of
 from tribn.reference import accumulator
+from tribn.vmap import vmapped
 
 WIDTH = 30  # of the progress bar
 
@@ -35,7 +37,8 @@ def update_stats(
     statistics. Its running mean and variance become exactly those of all values it has seen, each
     counting the same however large its batch, in every use of a layer that is used more than once,
     and masks respected; `torch.optim.swa_utils.update_bn` averages over batches instead.
-    `num_batches_tracked` becomes the number of uses. Frozen layers and those without running
+    `num_batches_tracked` becomes the number of uses. The values of all ranks of a `SyncBatchNorm`
+    count, where each rank gives its share of the data. Frozen layers and those without running
     statistics stay as they are, and so does the mode of every module.
 
     Args:
@@ -116,13 +119,22 @@ def update_stats(
         if layer not in moments:
             restore(layer)
             continue
-        mean, var, count = moments[layer]
+        mean, var, count = _of_all_ranks(layer, *moments[layer])
         assert layer.running_mean is not None
         assert layer.running_var is not None
         counted = count.double()
         unbiased = var * counted / (counted - layer.correction).clamp(min=1)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(unbiased)
+
+
+def _of_all_ranks(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> Moments:
+    if (ranks := ranks_of(layer)) is None:
+        return mean, var, count
+    row = torch.stack((mean, var, count.to(mean).expand_as(mean)))
+    rows = gather(row.flatten(), ranks).view(ranks.size, *row.shape)
+    parts = [(m, v, n.long()) for m, v, n in rows]
+    return reduce(lambda total, part: merge_stats(*total, *part), parts)
 
 
 @contextmanager
@@ -150,7 +162,7 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         model: any module; frozen layers and those without running statistics stay as they are.
 
     Raises:
-        TypeError: a layer was given a DTensor.
+        TypeError: a layer was given a DTensor, or torch.func.vmap calls it.
     """
     layers = [
         layer
@@ -170,6 +182,11 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         x, mask = args[0] if args else kwargs["input"], kwargs.get("mask")
         if is_dtensor(x):
             raise TypeError("accumulate_stats has met a DTensor: give the layers local tensors")
+        if vmapped():
+            raise TypeError(
+                "accumulate_stats has met torch.func.vmap, whose batches it cannot keep apart: "
+                "leave it out, or call the model on one after another"
+            )
         axis = layer.channel_axis % x.dim()
         if (lengths := kwargs.get("lengths")) is not None:
             mask = mask_of(lengths, x, axis)

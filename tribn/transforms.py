@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tribn import distributed, ops
 from tribn.activation import Activation
-from tribn.autograd import Options, backward, save
+from tribn.autograd import Options, backward, save, twice_forward
 from tribn.formula import Formula, named, push
 from tribn.vmap import Dims, fold, one_by_one, unfold
 
@@ -27,7 +27,13 @@ def batch_norm(options: Options, *tensors: Tensor | None) -> tuple[Any, ...]:
         inplace=False, keep_x=True, keep_residual=True, forward=(*options.forward[:-1], False)
     )
     function = BatchNormTrain if options.training else BatchNormEval
-    return function.apply(*tensors, options)  # type: ignore[no-any-return]
+    outputs: tuple[Any, ...] = function.apply(*tensors, options)
+    if twice_forward():
+        x, weight, bias, residual, mask, *statistics = tensors
+        y, mean, var, count = outputs if options.training else (*outputs, *statistics, None)
+        formula = _formula(options, mean, var, None, mask, count, y.dtype, y.stride())
+        outputs = formula.output(named(x, weight, bias, residual)), *outputs[1:]
+    return outputs
 
 
 class BatchNormTrain(torch.autograd.Function):
@@ -123,12 +129,16 @@ def _jvp(ctx: Any, tangents: tuple[Any, ...]) -> Tensor:
     options, _, dtype, residual_dtype, stride, _ = ctx.facts
     if residual is not None:
         dtype = torch.promote_types(dtype, residual_dtype)
-    formula = Formula(
-        *(options.training, options.eps, options.axis, options.activation, options.act_first),
-        *(mean, var, bits, mask, count, dtype, stride, options.ranks),
-    )
+    formula = _formula(options, mean, var, bits, mask, count, dtype, stride)
     inputs = named(x, weight, bias, residual)
     return push(formula.output, inputs, named(*tangents[:4]))  # type: ignore[no-any-return]
+
+
+def _formula(options: Options, *of: Any) -> Formula:
+    return Formula(
+        *(options.training, options.eps, options.axis, options.activation, options.act_first),
+        *(*of, options.ranks),
+    )
 
 
 def _options(tensors: Sequence[Tensor | None], training: Any, numbers: Sequence[Any]) -> Options:

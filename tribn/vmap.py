@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+def vmapped() -> bool:
+    """Whether torch.func.vmap is at work."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 Dims = Sequence[Any]  # the axis of the examples in each argument, None in tensors without
 
 
 def fold(t: Tensor | None, dim: int | None, axis: int | None, examples: int) -> Tensor | None:
     """The examples' tensors, or the one of all, side by side along the channels' axis."""
+    if not examples:
+        raise ValueError("torch.func.vmap has no examples: give it at least one")
     if t is None or axis is None:
         return t
     t = t.unsqueeze(0).expand(examples, *t.shape) if dim is None else t.movedim(dim, 0)
