@@ -890,7 +890,7 @@ def scripted():
 
 
 KEPT = {
-    "Final.forward belongs to a class that cannot be extended: sealed": Final,
+    "Final.forward belongs to a class of the metaclass Sealed": Final,
     "Reduces.forward belongs to a class that pickles or copies itself": Reduces,
     "Calls.forward is not what is called": Calls,
     "Net.forward was replaced in this module": with_forward,

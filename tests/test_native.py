@@ -154,7 +154,8 @@ def test_exported_saved_loaded_and_run(name, training, strict, device):
             y.square().sum().backward()
             results.append((y.detach(), x.grad))
         torch.testing.assert_close(*results)
-    tolerance = {"rtol": UNDONE, "atol": UNDONE} if name == "inplace" else {}
+    # Untracked layers are there partly PyTorch's, whose float32 sums of 120 values round otherwise.
+    tolerance = {"rtol": UNDONE, "atol": UNDONE} if name in ("inplace", "untracked") else {}
     parameters, buffers = dict(eager.named_parameters()), dict(eager.named_buffers())
     for key, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter.grad, parameters[key].grad, **tolerance)

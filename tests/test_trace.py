@@ -2,11 +2,13 @@
 
 import copy
 import enum
+import functools
 import inspect
 import pickle
 import random
 import sys
 from copy import deepcopy
+from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -33,9 +35,25 @@ class Reverse(torch.autograd.Function):
         return -dy
 
 
+class Base(nn.Module):
+    """What a module may have that is computed, once or each time."""
+
+    @classmethod
+    def kind(cls):
+        return 1.0
+
+    @functools.cached_property
+    def kept(self):
+        return 1.0
+
+    @functools.lru_cache(None)  # noqa: B019
+    def cached(self, x):
+        return x
+
+
 def net(forward, **values):
     """A module with this forward and these attributes."""
-    model = type("Net", (nn.Module,), {"forward": forward})()
+    model = type("Net", (Base,), {"forward": forward})()
     model.bn = nn.BatchNorm1d(3)
     for name, value in values.items():
         setattr(model, name, value)
@@ -151,6 +169,60 @@ def of_another(self, x):
     return self.helper(x)
 
 
+class Holder:
+    rate = 2.0
+
+
+def tagged(x):
+    return x
+
+
+tagged.tag = 2.0
+
+
+class Fills(nn.Module):
+    found = 0.0
+
+    def forward(self, x, into=None):
+        self.found += 1.0
+        if into is not None:
+            into["x"] = x
+        return x
+
+
+def asks_its_parent(self, x):
+    return self.bn(x) * super(Base, self).eps
+
+
+def matches(self, x):
+    match self.count:
+        case [_, _]:
+            return x
+    return self.bn(x)
+
+
+def imports(self, x):
+    import os
+
+    return self.bn(x) if os.environ else x
+
+
+def sets_a_closure():
+    seen = 0
+
+    def forward(self, x):
+        nonlocal seen
+        seen += 1
+        return self.bn(x)
+
+    return forward
+
+
+def has_a_default(self, x, seen=[]):  # noqa: B006
+    seen.append(1)
+    return self.bn(x)
+
+
 @torch.no_grad()
 def decorated(self, x):
     return self.bn(x)
@@ -165,7 +237,7 @@ REFUSED = {
     "takes a dictionary apart": as_dictionary,
     "asks for the type of a value": asks_for_a_type,
     "is compiled, or kept": lambda self, x: checkpoint(self.bn, self.bn(x), use_reentrant=False),
-    "calls an autograd function": lambda self, x: self.bn(Reverse.apply(x)),
+    "reads apply of Reverse": lambda self, x: self.bn(Reverse.apply(x)),
     "sets count": counts,
     "calls setattr": lambda self, x: setattr(self.settings, "rate", 1) or self.bn(x),
     "calls train of a module": lambda self, x: self.train() and self.bn(x),
@@ -186,8 +258,31 @@ REFUSED = {
     "calls perf_counter of time": lambda self, x: self.bn(x) if perf_counter() > 0 else x,
     "calls deepcopy of copy": lambda self, x: self.bn(deepcopy(x)),
     "asks for children": lambda self, x: [x := m(x) for m in self.children()][-1],
-    "asks what a value is": lambda self, x: self.bn(x) if self.mode is Mode.A else x,
-    "asks what mode is": lambda self, x: self.bn(x) if self.mode == Mode.A else x,
+    "asks what a value is": lambda self, x: self.bn(x) if self.use is True else x,
+    "asks what mode is": lambda self, x: self.bn(x) if self.mode == self.use else x,
+    "reads A of Mode": lambda self, x: self.bn(x) if self.mode is Mode.A else x,
+    "reads rate of Holder": lambda self, x: self.bn(x) * Holder.rate,
+    "reads tag of tagged": lambda self, x: self.bn(x) * tagged.tag,
+    "reads kind, a classmethod": lambda self, x: self.bn(x) * self.kind(),
+    "asks for eps of super": asks_its_parent,
+    "reads kept, a cached_property": lambda self, x: self.bn(x) * self.kept,
+    "reads cached, a _lru_cache_wrapper": lambda self, x: self.bn(self.cached(x)),
+    "calls drawn of random": lambda self, x: self.bn(x) if self.drawn() < 0.5 else x,
+    "uses the class Path of pathlib": lambda self, x: self.bn(x) if Path(".").exists() else x,
+    "has a match statement": matches,
+    "imports something": imports,
+    "sets seen": sets_a_closure(),
+    r"has a default, \[\], that": has_a_default,
+    "writes a value as text": lambda self, x: self.bn(x) * (2 if str(x.dtype) == "half" else 1),
+    "writes a value as": lambda self, x: self.bn(x) * (2 if f"{x.dtype}" == "half" else 1),
+    "gives a list or dictionary to": lambda self, x: self.bn(self.fills(x, {})),
+    "reads found of a module that it has called": lambda self, x: self.fills(x) * self.fills.found,
+    "calls the forward of a module": lambda self, x: self.bn.forward(x),
+    "asks for get_default_dtype": lambda self, x: self.bn(x.to(torch.get_default_dtype())),
+    "reads torch.backends.cudnn.enabled, a bool": lambda self, x: (
+        self.bn(x) if torch.backends.cudnn.enabled else x
+    ),
+    "raises TypeError when it is traced: unsupported": lambda self, x: self.bn(x) + 2 * self.number,
     "asks what use": lambda self, x: self.bn(x) if self.use else x,
     "asks a value for mask": lambda self, x: self.bn(x) if hasattr(x, "mask") else x,
     "asks a value for foo": lambda self, x: self.bn(x.foo),
@@ -230,6 +325,7 @@ def test_what_a_graph_does_not_tell_is_refused(reason, inside, capsys):
         forward = within(forward)
     settings = SimpleNamespace(bn=elsewhere, rate=0)
     values = {"count": 0, "seen": [], "mode": Mode.A, "use": np.bool_(False)}
+    values |= {"drawn": random.random, "fills": Fills(), "number": np.float64(2)}
     model = net(forward, **values, settings=settings, plain=torch.ones(()))
     model.helper = elsewhere.forward
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -288,7 +384,7 @@ def test_what_is_read_is_guarded():
         ("rate",): 0.5,
         ("widths",): [1, (2, 3)],
         ("act",): F.relu,
-        ("parts", "_modules"): ("0",),
+        ("parts", "_modules"): (("0", True),),
         ("settings.scale",): 2.0,
     }
     (t,) = traced(model)

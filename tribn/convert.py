@@ -17,6 +17,7 @@ from torch import nn
 
 from tribn.activation import of_module
 from tribn.distributed import check_group
+from tribn.functional import check_bool
 from tribn.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -124,11 +125,13 @@ def convert(
         The model; with ``report=True`` the model and a `Report`.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, `fuse` or `report` not True or False.
     """
     from tribn.fuse import Fusion, unfuse  # takes half as long to import as all the rest
 
     _check_model(model)
+    check_bool("fuse", fuse)
+    check_bool("report", report)
     unfuse(model)
     why = {layer: _problem(layer) for layer in model.modules() if _is_batch_norm(layer)}
     for layer, problem in why.items():
@@ -195,8 +198,8 @@ def freeze(model: Model) -> Model:
         The model.
 
     Raises:
-        ValueError: a layer has no running statistics, or is one of torch.nn's lazy ones; the model
-            is unchanged.
+        ValueError: a layer has no running statistics, a forward of its own, or is one of torch.nn's
+            lazy ones; the model is unchanged.
         TypeError: `model` is not a module.
     """
     _check_model(model)
@@ -205,6 +208,11 @@ def freeze(model: Model) -> Model:
             raise ValueError(
                 f"layer {name or 'itself'} is a {type(layer).__name__}, which cannot be frozen: "
                 "put one of BatchNorm1d, 2d or 3d in its place first"
+            )
+        if type(layer) in _OWN and "forward" in vars(layer):
+            raise ValueError(
+                f"layer {name or 'itself'} has a forward that was put in its place, and would "
+                "not be frozen: delete it first"
             )
         if (isinstance(layer, Layer) or type(layer) in _OWN) and layer.running_mean is None:
             raise ValueError(
@@ -288,13 +296,19 @@ def _problem(layer: nn.Module) -> str:
         return "its forward was replaced"
     if cls in _OWN:
         try:
-            BatchNorm1d(1, layer.eps, layer.momentum, device="meta")  # type: ignore[arg-type]
+            BatchNorm1d(1, layer.eps, layer.momentum, False, False)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             return str(error)
         for name in _TENSORS if cls not in _UNKNOWN else ():
             tensor: Any = getattr(layer, name)
             if tensor is not None and tensor.shape != (layer.num_features,):
                 return f"num_features is {layer.num_features}, but {name} has {tensor.numel()}"
+        counter: Any = layer.num_batches_tracked
+        if layer.running_mean is not None:
+            if counter is None and layer.momentum is None:
+                return "momentum is None without num_batches_tracked"
+            if counter is not None and (counter.dtype, counter.dim()) != (torch.int64, 0):
+                return f"num_batches_tracked is no int64 scalar: {counter.dtype}, {counter.shape}"
         return ""
     if cls.__name__ not in _NAMED:
         return f"a subclass, {cls.__name__}"
@@ -317,14 +331,15 @@ def _does_the_same(layer: nn.Module) -> bool:
         theirs = copy.deepcopy(layer).to_empty(device="cpu").double()
         for tensor in (*theirs.parameters(), *theirs.buffers()):
             if tensor.is_floating_point():
-                tensor.data = torch.linspace(0.5, 1.5, tensor.numel()).to(tensor).view_as(tensor)
+                values = torch.linspace(0.5, 1.5, tensor.numel(), device="cpu")
+                tensor.data = values.to(tensor).view_as(tensor)
             else:
                 tensor.zero_()
         ours = copy.deepcopy(theirs)
         _own(ours)
         channels = len(theirs.running_mean)  # type: ignore[arg-type]
         axes = (2, channels, 3) + (1,) * (2 if isinstance(ours, BatchNorm3d) else 1)
-        x = torch.linspace(-2, 3, math.prod(axes), dtype=torch.double).view(axes)
+        x = torch.linspace(-2, 3, math.prod(axes), dtype=torch.double, device="cpu").view(axes)
         for training in (True, False):
             y, expected = (type(m).forward(m.train(training), x) for m in (ours, theirs))
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
@@ -337,9 +352,9 @@ def _does_the_same(layer: nn.Module) -> bool:
 def _settings(layer: nn.Module) -> dict[str, Any]:
     """What tribn's layer has besides, to compute the same."""
     act = layer._modules.get("act") if "Act" in type(layer).__name__ else None
-    ours = BatchNorm1d(1, activation=act, device="meta")
+    ours = BatchNorm1d(1, affine=False, track_running_stats=False, activation=act)
     ours.frozen = not isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    theirs = vars(nn.BatchNorm1d(1, device="meta"))
+    theirs = vars(nn.BatchNorm1d(1, affine=False, track_running_stats=False))
     return {name: value for name, value in vars(ours).items() if name not in theirs}
 
 
@@ -361,7 +376,11 @@ def _own(layer: nn.Module) -> None:
 
 def _origin(layer: Layer) -> tuple[type[nn.Module], dict[str, Any], tuple[str, ...]]:
     """The class that a layer had or may get, what it has besides to be the same, what was added."""
-    plain = (_THEIRS.get(type(layer), type(layer)), _settings(nn.BatchNorm1d(1, device="meta")), ())
+    plain = (
+        _THEIRS.get(type(layer), type(layer)),
+        _settings(nn.BatchNorm1d(1, affine=False, track_running_stats=False)),
+        (),
+    )
     return vars(layer).get("_tribn_origin", plain)  # type: ignore[no-any-return]
 
 

@@ -14,10 +14,11 @@ torch.fx's GraphModule, is no instance of the class the module had. Pickles hold
 
 from __future__ import annotations
 
+import abc
 import functools
 import linecache
 import operator
-from collections import OrderedDict
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ from torch.nn import functional as F
 
 from tribn.activation import KINDS, Activation, of_module
 from tribn.bytecode import Refused
-from tribn.nn import HOOKS, Layer, watched
-from tribn.trace import Alias, Arguments, Guard, Trace, trace, watching
+from tribn.nn import Layer, watched
+from tribn.trace import Alias, Arguments, Guard, Settled, Trace, trace, watching
 
 # What a rewritten forward calls.
 
@@ -38,6 +39,7 @@ class Rest(NamedTuple):
     """What comes after a batch norm, each of it if it is there."""
 
     activation: nn.Module | Activation | None = None
+    writes: bool = False  # the activation, over what it is given
     residual: Any = None
     place: int = 0  # of the residual in the sum; -1: the sum is written over the other term
 
@@ -46,23 +48,26 @@ class Rest(NamedTuple):
         if self.residual is not None:
             terms = (self.residual, y) if self.place == 0 else (y, self.residual)
             y = (operator.iadd if self.place < 0 else operator.add)(*terms)
-        return y if self.activation is None else self.activation(y)
+        if self.activation is None:
+            return y
+        return y.copy_(self.activation(y)) if self.writes else self.activation(y)
 
 
 def call(
     module: nn.Module,
     args: tuple[Any, ...],
     activation: nn.Module | Activation | None = None,
+    writes: bool = False,
     residual: Any = None,
     place: int = 0,
     then: Rest | None = None,
 ) -> Any:
     """``activation(module(*args) + residual)`` and `then` the rest, in one pass if possible."""
-    rest = Rest(activation, residual, place)
+    rest = Rest(activation, writes, residual, place)
     if then is not None:  # there is no activation, and no residual where `then` has one
         rest = then if residual is None else then._replace(residual=residual, place=place)
     if not watched(module):
-        if isinstance(module, Fused):
+        if getattr(module.forward, "tribn_takes_then", False):
             return module(*args, tribn_then=rest)
         if isinstance(module, Layer) and len(args) == 1 and follows_plain(module):
             act = fusable(rest.activation)
@@ -91,7 +96,11 @@ def _alike(residual: Any, x: Any) -> bool:
         and isinstance(x, Tensor)
         and (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
         and residual.stride() == x.stride()
+        and type(residual).__torch_function__ in _PLAIN
     )
+
+
+_PLAIN = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
 
 class Variant:
@@ -102,7 +111,7 @@ class Variant:
         source: str,
         names: dict[str, Any],
         arguments: Arguments,
-        guards: tuple[Guard | Alias, ...],
+        guards: tuple[Guard | Alias | Settled, ...],
         takes_then: bool,
     ) -> None:
         self.source, self.names, self.arguments = source, names, arguments
@@ -138,7 +147,19 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return _blank, (original(type(self)),), *reduced[2:]
+        _, _, state, *rest = reduced
+        if not all(map(_pickles, state.get("_tribn_variants", ()))):
+            state = {name: value for name, value in state.items() if name != "_tribn_variants"}
+        return _blank, (original(type(self)),), state, *rest
+
+
+def _pickles(variant: Variant) -> bool:
+    """Whether all the functions that its guards name are found by their names."""
+    try:
+        pickle.dumps(variant.guards)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _blank(cls: Any) -> Any:
@@ -151,23 +172,33 @@ def original(cls: type) -> Any:
     return cls.__bases__[1] if issubclass(cls, Fused) else cls
 
 
-@functools.cache
 def fused_class(cls: Any) -> Any:
     """The subclass of a module's class whose forward is that of a variant."""
+    return _fused_class(cls, *_forwards(cls))
 
+
+def _forwards(cls: Any) -> list[Any]:
+    return [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]
+
+
+@functools.cache
+def _fused_class(cls: Any, *written: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, tribn_then: Rest | None = None, **kwargs: Any) -> Any:
-        # Part of a Sequential is one of the same class without the variants.
-        for variant in vars(self).get("_tribn_variants", ()) if cls.forward is written else ():
-            if tribn_then is None or variant.takes_then:
-                values = variant.arguments.bind(args, kwargs)
-                if values is not None and all(guard.holds(self) for guard in variant.guards):
-                    then = (tribn_then,) if variant.takes_then else ()
-                    return variant.forward(self, *values, *then)
+        # Part of a Sequential is one of the same class without the variants. Others who trace a
+        # model by torch.fx see what it was.
+        variants = vars(self).get("_tribn_variants", ())
+        if _forwards(cls) == list(written) and not any(isinstance(a, fx.Proxy) for a in args):
+            for variant in variants:
+                if tribn_then is None or variant.takes_then:
+                    values = variant.arguments.bind(args, kwargs)
+                    if values is not None and all(guard.holds(self) for guard in variant.guards):
+                        then = (tribn_then,) if variant.takes_then else ()
+                        return variant.forward(self, *values, *then)
         y = cls.forward(self, *args, **kwargs)
         return y if tribn_then is None else tribn_then(y)
 
-    written = cls.forward
+    forward.tribn_takes_then = True  # type: ignore[attr-defined]
     names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (Fused, cls), names | {"__doc__": cls.__doc__})
 
@@ -201,6 +232,7 @@ class Chain:
     residual: int = 0  # which of its terms is the residual; -1: and it is written over the other
     act: fx.Node | None = None
     activation: Activation | None = None
+    between: list[str] = field(default_factory=list)  # modules that it lets pass, and itself
     identities: list[fx.Node] = field(default_factory=list)  # passed by
     returned: bool = False  # and nothing else is done to it in this forward
 
@@ -322,42 +354,44 @@ class Fusion:
     def can_wait(self, module: nn.Module, chain: Chain) -> bool:
         """Whether the first call of a chain can take the place of the last without a difference."""
         head = _called(module, chain.head)
-        fresh = all(
-            len(x.users) == 1
-            and x.op == "call_module"
-            and isinstance(_called(module, x), (nn.modules.conv._ConvNd, nn.Linear))
-            for x in chain.head.all_input_nodes
+        made = [x for x in chain.head.all_input_nodes if x.op == "call_module"]
+        kinds = (nn.modules.conv._ConvNd, nn.Linear)
+        fresh = len(made) == len(chain.head.all_input_nodes) and all(
+            len(x.users) == 1 and isinstance(_called(module, x), kinds) for x in made
         )
+        passed: list[fx.Node] = []
         node = chain.head.next
         while node is not chain.end and chain.end is not chain.head:
-            if node is not chain.sum and not self.lets_pass(module, node, head, fresh):
-                return False
+            if node is not chain.sum and node not in chain.identities:
+                passed.append(node)
             node = node.next
-        return True
+        if passed:
+            modules = [chain.head, *(made if fresh else ()), *passed]
+            chain.between = [str(x.target) for x in modules if x.op == "call_module"]
+        return all(self.lets_pass(module, node, head, fresh) for node in passed)
 
     def lets_pass(self, module: nn.Module, node: fx.Node, head: nn.Module, fresh: bool) -> bool:
         """Whether `head` may be called after what a node calls instead of before it.
 
         That must not write to what goes into it, unless nobody else has that, draw random numbers
-        before it does, or move running statistics that it moves too.
+        before it does, or share with it what moves.
         """
+        if node.op in ("placeholder", "output"):
+            return True
         if node.op == "get_attr":
             return node.target in dict(module.named_parameters())
-        names, writes = [_name(module, node)], _writes(node)
-        if node.op == "call_module":
-            called = _called(module, node)
-            parts = set(called.modules())
-            if parts & set(_layers(head)):
-                return False
-            if called in self.sites:
-                nodes = [n for t in self.sites[called].traces for n in t.graph.nodes]
-                return all(self.lets_pass(called, n, head, fresh) for n in nodes)
-            if not all(map(_known, parts)):
-                return False
-            names = [type(part).__name__ for part in parts]
-            writes = not fresh and any(getattr(part, "inplace", False) for part in parts)
-        draws = not isinstance(head, Layer) and any("drop" in name.lower() for name in names)
-        return not writes and not draws
+        if node.op != "call_module":
+            name = _name(module, node)
+            drops = "drop" in name and isinstance(head, Layer)
+            return not _writes(node) and (name in _QUIET or name in KINDS or drops)
+        called = _called(module, node)
+        parts = set(called.modules())
+        if parts & set(head.modules()) or any(map(watched, parts)):
+            return False
+        if called in self.sites:
+            nodes = [n for t in self.sites[called].traces for n in t.graph.nodes]
+            return all(self.lets_pass(called, n, head, fresh) for n in nodes)
+        return all(_is_quiet(part, isinstance(head, Layer), fresh) for part in parts)
 
     def chain(self, module: nn.Module, head: fx.Node, taken: set[fx.Node | None]) -> Chain:
         chain = Chain(head)
@@ -414,10 +448,12 @@ def _check_class(module: nn.Module) -> None:
         )
     ):
         raise Refused("belongs to a class that pickles or copies itself")
+    if type(cls) not in (type, abc.ABCMeta):
+        raise Refused(f"belongs to a class of the metaclass {type(cls).__name__}")
     try:
         module.__class__ = fused_class(cls)
         module.__class__ = cls
-    except TypeError as error:  # of a metaclass, or slots
+    except Exception as error:  # of slots, or whatever the class does
         raise Refused(f"belongs to a class that cannot be extended: {error}") from error
 
 
@@ -458,8 +494,11 @@ def _activation(module: nn.Module, node: fx.Node, z: fx.Node) -> Activation | No
     given |= node.kwargs
     if not isinstance(given.pop("inplace", False), bool):
         return None
-    if name == "gelu" and given.pop("approximate", "none") == "tanh":
-        name = "gelu_tanh"
+    if name == "gelu":
+        approximate = given.pop("approximate", "none")
+        if approximate not in ("none", "tanh"):
+            return None
+        name = "gelu_tanh" if approximate == "tanh" else "gelu"
     values: dict[str, Any] = KINDS[name].parameters | given
     if values.keys() != KINDS[name].parameters.keys():
         return None
@@ -474,15 +513,40 @@ def _name(module: nn.Module, node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _known(part: nn.Module) -> bool:
-    """Whether a module is torch's or tribn's, and draws no random numbers unless by dropout."""
-    if isinstance(part, (Layer, nn.Sequential)):
+# What draws no random numbers, and moves and writes nothing: functions and methods by name
+_QUIET = frozenset(
+    (
+        *("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "neg", "matmul", "bmm"),
+        *("abs", "exp", "log", "sqrt", "rsqrt", "square", "clamp", "softmax", "hardtanh"),
+        *("mean", "sum", "amax", "amin", "cat", "stack", "chunk", "split", "getitem", "getattr"),
+        *("unpack", "size", "dim", "to", "float", "view", "reshape", "flatten", "unflatten"),
+        *("permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "contiguous"),
+        *("pad", "interpolate", "pixel_shuffle", "linear", "conv1d", "conv2d", "conv3d"),
+        *(f"{kind}_pool{d}d" for d in "123" for kind in ("avg", "max")),
+        *(f"adaptive_{kind}_pool{d}d" for d in "123" for kind in ("avg", "max")),
+    )
+)
+
+# and modules of torch by the files that have them
+_QUIET_FILES = (
+    *("activation", "conv", "flatten", "linear", "normalization", "padding", "pixelshuffle"),
+    *("pooling", "upsampling", "container", "dropout"),
+)
+_DRAW = (nn.RReLU, nn.MultiheadAttention)
+
+
+def _is_quiet(part: nn.Module, may_drop: bool, may_write: bool) -> bool:
+    if isinstance(part, Layer):
         return True
-    return type(part).__module__.startswith("torch.nn.modules") and not isinstance(part, nn.RReLU)
+    package, _, file = type(part).__module__.rpartition(".")
+    drops = file == "dropout" and not may_drop
+    writes = bool(getattr(part, "inplace", False)) and not may_write
+    known = type(part) is nn.Identity or (package == "torch.nn.modules" and file in _QUIET_FILES)
+    return known and not isinstance(part, _DRAW) and not drops and not writes
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a function or method may write to what it takes."""
+    """Whether a function or method writes to what it takes."""
     name = str(getattr(node.target, "__name__", node.target))
     in_place = getattr(operator, f"__{name}__", None) is node.target and name.startswith("i")
     return (
@@ -503,10 +567,8 @@ def rewrite(site: Site, takes_then: bool) -> None:
         for chain in chains:
             if chain.parts or (then and chain.returned):
                 _fuse(graph, chain, then if chain.returned else None)
-                for node in chain.identities:
-                    path = tuple(str(node.target).split("."))
-                    guards.append(Guard(path, "__class__", nn.Identity))
-                    guards += [Guard(path, hooks, OrderedDict()) for hooks in HOOKS]
+                passed = [*chain.between, *(str(node.target) for node in chain.identities)]
+                guards += [Settled.of(site.module, path) for path in passed]
         code = graph.python_code("self")
         names = {k: v for k, v in code.globals.items() if k not in _standard_names()}
         variants.append(Variant(code.src, names, traced.arguments, tuple(guards), takes_then))
@@ -523,7 +585,8 @@ def _fuse(graph: fx.Graph, chain: Chain, then: fx.Node | None) -> None:
         if chain.act and chain.act.op == "call_module":
             act = graph.create_node("get_attr", chain.act.target)
         residual = chain.sum.args[chain.residual] if chain.sum else None
-        args = (module, chain.head.args, act, residual, chain.residual, then)
+        writes = isinstance(act, Activation) and chain.act is not None and _writes(chain.act)
+        args = (module, chain.head.args, act, writes, residual, chain.residual, then)
         fused = graph.call_function(call, args)
     chain.end.replace_all_uses_with(fused)
     gone = {chain.head, chain.sum, chain.act, *chain.identities}

@@ -200,7 +200,7 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
             self.momentum,
             self.eps,
             channel_axis=self.channel_axis,
-            num_batches_tracked=num_batches_tracked if batch and tracked else None,
+            num_batches_tracked=num_batches_tracked if training and tracked else None,
             activation=self.activation if activation is None else activation,
             order=self.order,
             residual=residual,
