@@ -356,6 +356,16 @@ def test_programs_that_wait_fit_the_device(name, target):
             assert kept.plan.grid[0] <= of_sm * TARGETS[target].sms
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_tiles_in_registers_shrink_where_they_would_spill(target):
+    x = tensor((128, 96, 14, 14), CHANNELS_LAST, F32)
+    with compiling(target) as compiled:
+        train_and_evaluate(x, Layer((128, 96, 14, 14), residual=True))
+    found = [resources(kernel) for kernel in compiled]
+    assert "forward_kernel" in {of.name for of in found}
+    assert all(of.spills == 0 for of in found)
+
+
 ROW = {**dict.fromkeys([*Variant._fields, *FIELDS], "same"), "example": "8x4"}
 
 

@@ -541,7 +541,8 @@ def _is_quiet(part: nn.Module, may_drop: bool, may_write: bool) -> bool:
     package, _, file = type(part).__module__.rpartition(".")
     drops = file == "dropout" and not may_drop
     writes = bool(getattr(part, "inplace", False)) and not may_write
-    known = type(part) is nn.Identity or (package == "torch.nn.modules" and file in _QUIET_FILES)
+    known = package == "torch.nn.modules" and file in _QUIET_FILES
+    known = known or type(part).forward in (nn.Identity.forward, nn.Sequential.forward)
     return known and not isinstance(part, _DRAW) and not drops and not writes
 
 

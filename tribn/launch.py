@@ -226,13 +226,14 @@ def single_read_plan(
     inputs: int = 1,
     bits: bool = False,
     programs_per_sm: int = 2,
+    held_per_thread: int = HELD_PER_THREAD,
 ) -> Plan:
     """The plan that visits all tiles of a slab of channels twice, as far as possible on the chip.
 
     `inputs` are the tensors that are read twice. Tile and tier do not depend on how many programs
     a multiprocessor holds, which only compiling the kernel for them tells.
     """
-    most = HELD_PER_THREAD // inputs // (4 if itemsize == 8 else 1)
+    most = held_per_thread // inputs // (4 if itemsize == 8 else 1)
     # Slabs as narrow as memory allows: in runs of 64 bytes, the least that DRAM moves, over
     # neighbouring channels, and of 256 over planes, which start anywhere.
     narrow = 64 // itemsize

@@ -15,7 +15,15 @@ from triton.runtime import driver
 
 from tribn import launch
 from tribn.kernels.scratch import scratch
-from tribn.launch import Device, Layout, Plan, collapse, make_plan, single_read_plan
+from tribn.launch import (
+    HELD_PER_THREAD,
+    Device,
+    Layout,
+    Plan,
+    collapse,
+    make_plan,
+    single_read_plan,
+)
 
 # Few programs, yet several for each block of channels. They run one after another.
 INTERPRETER = Device(2, l2=2**20, registers=2**18, shared=2**16, threads=2048, cooperative=False)
@@ -123,12 +131,11 @@ class Launcher:
         self.kept: dict[tuple[Any, ...], Kept] = {}
 
     def _plans(self, itemsize: int, reads: int, bits: bool) -> list[Plan]:
-        """The plans to try: they differ in how many programs a multiprocessor has to hold."""
+        """The plans to try: for fewer and fewer programs on a multiprocessor, then smaller ones."""
         if reads and self.device not in _refused:
-            plans = [
-                single_read_plan(self.layout, itemsize, self.facts, reads, bits, programs)
-                for programs in (4, 3, 2, 1)
-            ]
+            of = self.layout, itemsize, self.facts, reads, bits
+            plans = [single_read_plan(*of, programs) for programs in (4, 3, 2, 1)]
+            plans.append(single_read_plan(*of, 1, HELD_PER_THREAD // 2))
             if self.facts.cooperative or not any(plan.waits for plan in plans):
                 return plans
         return [make_plan(self.layout, itemsize, self.facts, bits)]
@@ -167,7 +174,7 @@ class Launcher:
         constants: Constants,
         results: int,
     ) -> Kept:
-        """The kernel, compiled for the plan with the most programs that fit the device."""
+        """The kernel, compiled for the first plan whose programs fit the device, without spills."""
         for plan in self.plans:
             values = dict(constants) | self._constants(plan)
             kept = Kept(
@@ -191,8 +198,9 @@ class Launcher:
             room = (torch.float64 if plan.waits else None, torch.int32) if plan.tier else ()
             compiled = build(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
             kept = kept._replace(kernel=compiled)
-            programs = self.facts.programs_per_sm(plan.num_warps, *needs(compiled)[::2])
-            if plan.grid[0] <= programs * self.facts.sms:
+            registers, spills, shared = needs(compiled)
+            programs = self.facts.programs_per_sm(plan.num_warps, registers, shared)
+            if plan.grid[0] <= programs * self.facts.sms and not spills:
                 break
         return kept
 
