@@ -1,10 +1,14 @@
 """What is fused with a batch norm, what is not, and that neither makes a difference."""
 
 import copy
+import cProfile
 import pickle
+import pstats
+import sys
 import types
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -640,7 +644,40 @@ def base(model):
     return next(cls for cls in type(model).__mro__ if "forward" in vars(cls) and cls.count)
 
 
+def by_number(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    return z * self.number
+
+
+def by_order(self, x):
+    z = self.relu(self.bn(self.conv(x)))
+    for name, value in self.steps.items():
+        z = z * value if name == "mul" else z + value
+    return z
+
+
+def reordered(model):
+    model.steps = dict(reversed(model.steps.items()))
+
+
 CHANGED_LATER = {
+    "a parameter, to none": (
+        lambda self, x: by_number(self, x) if self.number is not None else self.conv(x),
+        set_in("number", None),
+    ),
+    "a parameter that is deleted": (
+        lambda self, x: by_number(self, x) if hasattr(self, "number") else self.conv(x),
+        lambda model: delattr(model, "number"),
+    ),
+    "one of two names for a parameter": (
+        lambda self, x: by_number(self, x) * self.again,
+        set_in("again", nn.Parameter(torch.ones(1) * 5)),
+    ),
+    "the order of a dictionary": (by_order, reordered),
+    "a class by its namesake": (
+        lambda self, x: by_number(self, x) if isinstance(self.down, nn.Identity) else self.conv(x),
+        set_in("down", type("Identity", (nn.Tanh,), {})()),
+    ),
     "a module under a second name": (
         lambda self, x: self.second(self.bn(self.conv(x))),
         set_in("second", nn.Tanh()),
@@ -669,6 +706,8 @@ def test_what_a_forward_found_is_looked_at_again(what, calls):
         model = net(forward, down=nn.Identity(), parts=nn.ModuleList([nn.Identity()])).eval()
         type(model).helper, type(model).count = helper, 1
         model.second, model.settings = model.relu, types.SimpleNamespace()
+        model.number = model.again = nn.Parameter(torch.ones(1) * 2)
+        model.steps = {"mul": 2, "add": 3}
         model.register_parameter("scale", None)
         if converted:
             model, into = convert(model)
@@ -700,6 +739,153 @@ def test_a_sum_of_two_layouts_has_the_layout_it_had(calls):
         for inputs in ((x, X), (X, x), (x, x), (X, X)):
             assert model(*inputs).stride() == plain(*inputs).stride()
     assert calls.count((None, True)) == 4
+
+
+def both(self, x):
+    """What comes between a batch norm and its sum works on the input of the batch norm."""
+    z = self.bn(x)
+    return self.relu(z + self.between(x))
+
+
+def set_inplace(model):
+    model.between.inplace = True
+
+
+def hook_in_between(model):
+    model.between.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+
+
+@pytest.mark.parametrize(
+    "change", [set_in("between", nn.ReLU(inplace=True)), set_inplace, hook_in_between]
+)
+def test_what_comes_between_is_looked_at_again(change, calls):
+    outputs = []
+    for converted in (False, True):
+        model = net(both, between=nn.ReLU()).eval()
+        if converted:
+            model, into = convert(model)
+            assert into == {"bn": "residual, relu"}
+            model(X.clone())
+            assert calls[-1] == ("relu", True)
+        change(model)
+        with torch.no_grad():
+            outputs.append(model(X.clone()))
+    torch.testing.assert_close(*outputs)
+
+
+def test_hooks_see_the_order_that_was_written():
+    def forward(self, x):
+        z = self.bn(self.conv(x))
+        return self.relu(z + self.down(x))
+
+    orders = []
+    for converted in (False, True):
+        model = net(forward, down=nn.Conv2d(3, 3, 1)).eval()
+        model, order = tribn.convert(model) if converted else model, []
+        for name, module in model.named_children():
+            module.register_forward_hook(lambda *_, order=order, name=name: order.append(name))
+        model(X)
+        orders.append(order)
+    assert orders[0] == orders[1] == ["conv", "bn", "down", "relu"]
+
+
+class Stochastic(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
+DRAW = {
+    "attention": lambda: Stochastic(),
+    "gumbel": lambda: Sampled(),
+    "an LSTM": lambda: Recurrent(),
+}
+
+
+class Sampled(nn.Module):
+    def forward(self, x):
+        return F.gumbel_softmax(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.LSTM(5, 5, 2, dropout=0.5)
+
+    def forward(self, x):
+        return self.part(x.flatten(1, 2))[0].view_as(x)
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_random_numbers_of_other_modules_are_drawn_in_the_same_order(name):
+    def forward(self, x):
+        return self.relu(self.body(x) + self.other(x))
+
+    body = nn.Sequential(nn.Dropout(), *conv_bn())
+    check(net(forward, body=body, other=DRAW[name]()), {})
+
+
+def test_a_module_that_head_and_residual_share_keeps_its_turns():
+    conv = torch.nn.utils.spectral_norm(nn.Conv2d(3, 3, 1))  # which moves at each call
+
+    def forward(self, x):
+        return self.relu(self.body(x) + self.body[0](x))
+
+    assert convert(net(forward, body=nn.Sequential(conv, nn.BatchNorm2d(3))))[1] == {}
+
+
+def test_an_activation_in_place_writes_where_a_batch_norm_was_replaced():
+    def forward(self, x):
+        y = x * 1
+        return F.relu(self.bn(y), inplace=True) + y
+
+    outputs = []
+    for converted in (False, True):
+        model = tribn.convert(net(forward)) if converted else net(forward)
+        model.bn = nn.Identity()
+        outputs.append(model(X))
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_part_whose_class_gets_another_forward_is_called_as_such():
+    def inside(self, x):
+        return self.bn(x)
+
+    outputs = []
+    for converted in (False, True):
+        model = net(lambda self, x: self.relu(self.body(x) + x), body=net(inside)).eval()
+        model = tribn.convert(model) if converted else model
+        model(X)
+        type(model.body).forward = lambda self, x: self.bn(x) * 2
+        outputs.append(model(X))
+    torch.testing.assert_close(*outputs)
+
+
+def test_nothing_in_the_place_of_a_module_is_an_error_as_before():
+    model = tribn.convert(nn.Sequential(*conv_bn(), nn.ReLU()))
+    model[2] = None
+    with pytest.raises(TypeError, match="NoneType"):
+        model(X)
+
+
+def test_another_tracer_sees_the_forward_that_was_written():
+    model = tribn.convert(resnet()).eval()
+    traced = torch.fx.symbolic_trace(model)
+    names = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert names[:4] == ["conv1", "bn1", "relu", "maxpool"]
+    torch.testing.assert_close(traced(IMAGES), model(IMAGES))
+
+
+def test_unpacked_values_are_as_many_as_they_are_taken_for():
+    def forward(self, pair):
+        x, y = pair
+        return self.relu(self.bn(x) + y)
+
+    model, into = convert(net(forward).eval())
+    assert into == {"bn": "residual, relu"}
+    expected = net(forward).eval()(iter([X, X]))
+    torch.testing.assert_close(model(iter([X, X])), expected)
+    with pytest.raises(ValueError, match="expected 2 values to unpack, got 3"):
+        model((X, X, X))
 
 
 class Between(nn.Module):
@@ -889,7 +1075,29 @@ def scripted():
         return nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())), nn.BatchNorm2d(3))
 
 
+class Registers(type(nn.Module)):
+    """A metaclass that takes no name twice."""
+
+    def __new__(cls, name, bases, body):
+        if any(isinstance(base, cls) for base in bases):
+            raise ValueError(f"{name} is there")
+        return super().__new__(cls, name, bases, body)
+
+
+class Registered(nn.Module, metaclass=Registers):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(x))
+
+
 KEPT = {
+    "Registered.forward belongs to a class of the metaclass Registers": Registered,
+    "Net.forward has an argument that is named device": lambda: net(
+        lambda self, device: F.relu(self.bn(device))
+    ),
     "Final.forward belongs to a class of the metaclass Sealed": Final,
     "Reduces.forward belongs to a class that pickles or copies itself": Reduces,
     "Calls.forward is not what is called": Calls,
@@ -1066,6 +1274,87 @@ def test_a_forward_of_its_own_is_called():
     plain = copy.deepcopy(model)
     tribn.convert(model)
     torch.testing.assert_close(model(X), plain(X))
+
+
+def test_what_reads_a_nameless_function_is_pickled_as_it_was():
+    model = tribn.convert(PicklesALambda()).eval()
+    assert tribn.convert(model, report=True)[1].rows[0].into == "relu"
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(X), model(X))
+
+
+class PicklesALambda(nn.Module):
+    helper = lambda self, z: z * 2  # noqa: E731
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.helper(F.relu(self.bn(x)))
+
+
+def test_a_forward_that_was_replaced_before_converting_again_is_fused():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return F.relu(self.bn(x))
+
+    model = tribn.convert(Again().eval())
+    Again.forward = lambda self, x: F.silu(self.bn(x))
+    model, into = convert(model)
+    assert into == {"bn": "silu"}
+    torch.testing.assert_close(model(X), F.silu(model.bn(X)))
+
+
+def test_properties_are_read():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.factor = nn.BatchNorm2d(3), 2
+
+        @property
+        def scale(self):
+            return self.factor + 1
+
+        def forward(self, x):
+            return F.relu(self.bn(x)) * self.scale
+
+    model, into = convert(Scaled().eval())
+    assert into == {"bn": "relu"}
+    y = model(X)
+    model.factor = 5
+    torch.testing.assert_close(model(X), y * 2)
+
+
+def test_profilers_and_tracers_go_on(calls):
+    profiler, seen = cProfile.Profile(), []
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: seen.append(frame.f_code.co_name))
+    try:
+        profiler.enable()
+        tribn.convert(net(lambda self, x: self.relu(self.bn(x))))
+        trained = called_after()
+        profiler.disable()
+    finally:
+        sys.settrace(before)
+    assert trained
+    names = {name for _, _, name in pstats.Stats(profiler).stats}
+    assert "called_after" in names
+    assert "called_after" in seen
+
+
+def called_after():
+    return True
+
+
+def test_threads_convert_models_of_their_own():
+    with ThreadPoolExecutor(4) as pool:
+        fused = list(pool.map(lambda _: convert(resnet())[1], range(4)))
+    assert all(into == fused[0] != {} for into in fused)
 
 
 # Dynamo itself makes an instance of every autograd.Function that it traces.
