@@ -884,7 +884,7 @@ def test_unpacked_values_are_as_many_as_they_are_taken_for():
     assert into == {"bn": "residual, relu"}
     expected = net(forward).eval()(iter([X, X]))
     torch.testing.assert_close(model(iter([X, X])), expected)
-    with pytest.raises(ValueError, match="expected 2 values to unpack, got 3"):
+    with pytest.raises(ValueError, match="3 values are unpacked: there must be 2"):
         model((X, X, X))
 
 

@@ -326,7 +326,7 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
     """As many values as they are taken for."""
     unpacked = tuple(values)
     if len(unpacked) != count:
-        raise ValueError(f"expected {count} values to unpack, got {len(unpacked)}")
+        raise ValueError(f"{len(unpacked)} values are unpacked: there must be {count}")
     return unpacked
 
 
