@@ -674,6 +674,10 @@ CHANGED_LATER = {
         set_in("again", nn.Parameter(torch.ones(1) * 5)),
     ),
     "the order of a dictionary": (by_order, reordered),
+    "that there is an object": (
+        lambda self, x: by_number(self, x) if self.settings is not None else self.conv(x),
+        set_in("settings", None),
+    ),
     "a class by its namesake": (
         lambda self, x: by_number(self, x) if isinstance(self.down, nn.Identity) else self.conv(x),
         set_in("down", type("Identity", (nn.Tanh,), {})()),
@@ -831,6 +835,72 @@ def test_a_module_that_head_and_residual_share_keeps_its_turns():
         return self.relu(self.body(x) + self.body[0](x))
 
     assert convert(net(forward, body=nn.Sequential(conv, nn.BatchNorm2d(3))))[1] == {}
+
+
+class Unchanged(nn.Conv2d):
+    def forward(self, x):
+        return x
+
+
+def test_what_goes_into_a_batch_norm_that_waits_is_its_own():
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y + self.relu(x)
+
+    model = net(forward, conv=Unchanged(3, 3, 1), relu=nn.ReLU(inplace=True))
+    assert convert(model)[1] == {}
+
+
+def test_a_running_statistic_that_is_read_before_is_seen_to_move():
+    def forward(self, x):
+        mean = self.bn.running_mean
+        y = self.bn(x)
+        return F.relu(y + x * mean.sum())
+
+    check(net(forward), {})
+
+
+def test_what_goes_wrong_with_a_value_of_a_model_is_a_reason():
+    model = nn.Sequential(*conv_bn(), nn.LeakyReLU())
+    model[2].negative_slope = None
+    assert why(model).startswith("Sequential.forward is not followed: float() argument must be")
+
+
+class Listed(nn.ModuleList):
+    def forward(self, x):
+        for part in self:
+            x = part(x)
+        return x
+
+
+def test_lists_that_have_a_forward_are_followed():
+    check(Listed([*conv_bn(), nn.ReLU()]), {"1": "relu"})
+
+
+def test_arguments_by_name_are_a_reason():
+    reason = "it is called with arguments by their names"
+    assert why(net(lambda self, x: self.relu(self.bn(input=x)))) == reason
+
+
+class OtherState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(x))
+
+    def __getstate__(self):
+        return (vars(self).copy(),)
+
+    def __setstate__(self, state):
+        vars(self).update(state[0])
+
+
+def test_states_that_are_no_dictionaries_are_copied():
+    model = tribn.convert(OtherState()).eval()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(again(X), model(X))
 
 
 def test_an_activation_in_place_writes_where_a_batch_norm_was_replaced():

@@ -76,9 +76,9 @@ class Path(NamedTuple):
     def __str__(self):
         return "-".join(map(str, self))
 
-    def plan(self, layout, itemsize, device, inputs=1, bits=False, programs_per_sm=2):
+    def plan(self, layout, itemsize, device, inputs=1, bits=False, *held):
         """As `single_read_plan`; bits come in whole bytes of neighbours."""
-        plan = single_read_plan(layout, itemsize, device, inputs, bits, programs_per_sm)
+        plan = single_read_plan(layout, itemsize, device, inputs, bits, *held)
         block_c, block_s = self.block_c, self.block_s
         if bits and layout.channels_last:
             block_c = max(8, block_c)

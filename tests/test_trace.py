@@ -287,6 +287,9 @@ REFUSED = {
     "asks a value for mask": lambda self, x: self.bn(x) if hasattr(x, "mask") else x,
     "asks a value for foo": lambda self, x: self.bn(x.foo),
     "looks up by a value": lambda self, x: self.bn(x) * {4: 2.0}.get(x.dim(), 1.0),
+    "asks what settings is": lambda self, x: self.bn(x) if isinstance(self.settings, int) else x,
+    "asks what mode": lambda self, x: self.bn(x) if str(self.mode) == "Mode.A" else x,
+    "asks what mode i": lambda self, x: self.bn(x) if f"{self.mode}" == "Mode.A" else x,
     "calls type": lambda self, x: self.bn(x) if type(x) is torch.Tensor else x,
     "makes a tensor of its own": lambda self, x: self.bn(x) * torch.ones(3),
     "makes a Output": lambda self, x: Output(y=self.bn(x)),
@@ -385,6 +388,7 @@ def test_what_is_read_is_guarded():
         ("widths",): [1, (2, 3)],
         ("act",): F.relu,
         ("parts", "_modules"): (("0", True),),
+        ("settings.__class__",): SimpleNamespace,
         ("settings.scale",): 2.0,
     }
     (t,) = traced(model)

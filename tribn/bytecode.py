@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, slice, range)
+CONSTANTS = (
+    *(type(None), bool, int, float, str, bytes, slice, range),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
 
 # What code may ask for by name, besides functions and classes
 _BUILTINS = frozenset(

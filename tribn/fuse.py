@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn import functional as F
 
 from tribn.activation import KINDS, Activation, of_module
@@ -148,7 +149,8 @@ class Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, state, *rest = reduced
-        if not all(map(_pickles, state.get("_tribn_variants", ()))):
+        variants = state.get("_tribn_variants", ()) if isinstance(state, dict) else ()
+        if not all(map(_pickles, variants)):
             state = {name: value for name, value in state.items() if name != "_tribn_variants"}
         return _blank, (original(type(self)),), state, *rest
 
@@ -188,7 +190,7 @@ def _fused_class(cls: Any, *written: Any) -> Any:
         # Part of a Sequential is one of the same class without the variants. Others who trace a
         # model by torch.fx see what it was.
         variants = vars(self).get("_tribn_variants", ())
-        if _forwards(cls) == list(written) and not any(isinstance(a, fx.Proxy) for a in args):
+        if _forwards(cls) == list(written) and not is_fx_tracing():
             for variant in variants:
                 if tribn_then is None or variant.takes_then:
                     values = variant.arguments.bind(args, kwargs)
@@ -267,14 +269,15 @@ class Fusion:
         containers = [
             module
             for module in model.modules()
-            if not isinstance(module, (Layer, nn.ModuleList, nn.ModuleDict)) and _layers(module)
+            if not isinstance(module, Layer) and _is_called(module) and _layers(module)
         ]
         with watching():
             for module in reversed(containers):  # which has those inside another before it
                 try:
                     _check_class(module)
                     self.look(module, trace(module))
-                except Refused as refusal:
+                except Exception as error:  # whatever the code of the model does, or has for values
+                    refusal = error if isinstance(error, Refused) else f"is not followed: {error}"
                     for layer in _layers(module):
                         self.why.setdefault(layer, f"{type(module).__name__}.forward {refusal}")
         wanted: set[nn.Module] = set()  # whose calls get a rest
@@ -338,6 +341,8 @@ class Fusion:
                     self.why[called] = "it has hooks" if watched(called) else own
                 elif self.kind(called) and not node.kwargs:
                     heads.append(node)
+                elif isinstance(called, Layer):
+                    self.why[called] = "it is called with arguments by their names"
         taken: set[fx.Node | None] = set()
         chains = {}
         for head in reversed(heads):  # a sum of two goes to the later, which need not wait
@@ -355,9 +360,8 @@ class Fusion:
         """Whether the first call of a chain can take the place of the last without a difference."""
         head = _called(module, chain.head)
         made = [x for x in chain.head.all_input_nodes if x.op == "call_module"]
-        kinds = (nn.modules.conv._ConvNd, nn.Linear)
         fresh = len(made) == len(chain.head.all_input_nodes) and all(
-            len(x.users) == 1 and isinstance(_called(module, x), kinds) for x in made
+            len(x.users) == 1 and _forwards(type(_called(module, x)))[0] in _FRESH for x in made
         )
         passed: list[fx.Node] = []
         node = chain.head.next
@@ -368,6 +372,11 @@ class Fusion:
         if passed:
             modules = [chain.head, *(made if fresh else ()), *passed]
             chain.between = [str(x.target) for x in modules if x.op == "call_module"]
+        # A running statistic that was read before is seen to move.
+        read = {str(n.target) for n in chain.head.graph.nodes if n.op == "get_attr"}
+        moved = {id(buffer) for buffer in head.buffers()}
+        if passed and any(id(operator.attrgetter(name)(module)) in moved for name in read):
+            return False
         return all(self.lets_pass(module, node, head, fresh) for node in passed)
 
     def lets_pass(self, module: nn.Module, node: fx.Node, head: nn.Module, fresh: bool) -> bool:
@@ -422,6 +431,13 @@ class Fusion:
 
 def _layers(module: nn.Module) -> list[Layer]:
     return [layer for layer in module.modules() if isinstance(layer, Layer)]
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Unlike a ModuleList, but for a subclass that has a forward."""
+    cls: Any = type(module)
+    written = _forwards(cls)[0] is not nn.Module.forward
+    return written or cls.__call__ is not nn.Module.__call__
 
 
 def _called(module: nn.Module, node: fx.Node) -> nn.Module:
@@ -532,6 +548,7 @@ _QUIET_FILES = (
     *("activation", "conv", "flatten", "linear", "normalization", "padding", "pixelshuffle"),
     *("pooling", "upsampling", "container", "dropout"),
 )
+_FRESH = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
 _DRAW = (nn.RReLU, nn.MultiheadAttention)
 
 
@@ -540,9 +557,9 @@ def _is_quiet(part: nn.Module, may_drop: bool, may_write: bool) -> bool:
         return True
     package, _, file = type(part).__module__.rpartition(".")
     drops = file == "dropout" and not may_drop
-    writes = bool(getattr(part, "inplace", False)) and not may_write
+    writes = getattr(part, "inplace", False) is not False and not may_write
     known = package == "torch.nn.modules" and file in _QUIET_FILES
-    known = known or type(part).forward in (nn.Identity.forward, nn.Sequential.forward)
+    known = known or _forwards(type(part))[0] in (nn.Identity.forward, nn.Sequential.forward)
     return known and not isinstance(part, _DRAW) and not drops and not writes
 
 

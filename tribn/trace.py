@@ -100,7 +100,7 @@ class Settled(NamedTuple):
 def _parts(module: nn.Module) -> tuple[tuple[str, str, Any], ...]:
     """By name: the class of a rewritten module has that of its own."""
     return tuple(
-        (type(part).__module__, type(part).__qualname__, getattr(part, "inplace", False))
+        (type(part).__module__, type(part).__qualname__, getattr(part, "inplace", False) is False)
         for part in module.modules()
     )
 
@@ -460,6 +460,8 @@ class _Tracer(fx.Tracer):
                 self.check(check_value, name, value)
             guard = Guard(steps, name, deepcopy(value))
         else:
+            guard = Guard(steps, f"{name}.__class__", type(value))
+            self.guards.setdefault((guard.path, guard.name), guard)
             return _Settings(self, module, name, value)
         at = guard.path, guard.name
         self.guards.setdefault(at, guard)
@@ -497,7 +499,14 @@ class _Settings:
         tracer, _, path, _ = self.__dict__["_read"]
         tracer.refuse(f"asks what {path} is")
 
-    __bool__ = __eq__ = __ne__ = __hash__ = __len__ = __iter__ = __contains__ = _refuse
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if not _reader().startswith(_MACHINERY):
+            self._refuse()
+        return _Settings
+
+    __bool__ = __len__ = __iter__ = __contains__ = _refuse
+    __eq__ = __ne__ = __hash__ = __str__ = __repr__ = __format__ = _refuse
 
     def __init__(self, tracer: _Tracer, module: nn.Module, name: str, value: Any) -> None:
         self.__dict__["_read"] = tracer, module, name, value
