@@ -46,7 +46,7 @@ class Base(nn.Module):
     def kept(self):
         return 1.0
 
-    @functools.lru_cache(None)  # noqa: B019
+    @functools.lru_cache(None)  # noqa: B019  that it keeps what it gets is why it is refused
     def cached(self, x):
         return x
 
