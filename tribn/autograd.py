@@ -23,7 +23,7 @@ from tribn.activation import Activation
 from tribn.distributed import Ranks
 from tribn.formula import NAMES, Formula, Tensors, named, pull, push
 from tribn.reference import accumulator
-from tribn.vmap import Dims, fold, one_by_one, unfold
+from tribn.vmap import Dims, fold, levels, one_by_one, unfold
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -251,8 +251,7 @@ def transformed() -> bool:
 
 def twice_forward() -> bool:
     """Whether tangents of tangents are wanted, which PyTorch drops where a function has a jvp."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+    return levels("Jvp") > 1
 
 
 class BatchNormBackward(torch.autograd.Function):

@@ -16,7 +16,7 @@ from tribn.distributed import gather, is_dtensor
 from tribn.functional import batch_stats, computing_again, mask_of, merge_stats
 from tribn.nn import Layer, ranks_of
 from tribn.reference import accumulator
-from tribn.vmap import vmapped
+from tribn.vmap import levels
 
 WIDTH = 30  # of the progress bar
 
@@ -182,7 +182,7 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         x, mask = args[0] if args else kwargs["input"], kwargs.get("mask")
         if is_dtensor(x):
             raise TypeError("accumulate_stats has met a DTensor: give the layers local tensors")
-        if vmapped():
+        if levels("Vmap"):
             raise TypeError(
                 "accumulate_stats has met torch.func.vmap, whose batches it cannot keep apart: "
                 "leave it out, or call the model on one after another"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 
-def vmapped() -> bool:
-    """Whether torch.func.vmap is at work."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+def levels(kind: str) -> int:
+    """How many of torch.func's transforms of a kind, "Jvp" or "Vmap", are at work."""
+    functorch = torch._C._functorch
+    wanted = getattr(functorch.TransformType, kind)
+    return sum(level.key() == wanted for level in functorch.get_interpreter_stack() or ())
 
 
 Dims = Sequence[Any]  # the axis of the examples in each argument, None in tensors without
