@@ -113,6 +113,21 @@ def test_so_is_what_has_one_shape(name, device):
     compare_compiled(name, True, False, device)
 
 
+@pytest.mark.parametrize("activation", [None, "softplus"])
+def test_one_layer_at_two_dynamic_sizes_of_a_graph(activation, device):
+    torch._dynamo.reset()
+    layer = tribn.BatchNorm2d(C, activation=activation, device=device)
+    eager = copy.deepcopy(layer)
+    shrink = nn.functional.max_pool2d
+    compiled = torch.compile(
+        lambda x: layer(shrink(layer(x), 2)), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for size in (6, 8):
+        x = torch.randn(4, C, size, size, device=device)
+        torch.testing.assert_close(compiled(x), eager(shrink(eager(x), 2)), rtol=0, atol=0)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), rtol=0, atol=0)
+
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs g++ for code on a CPU"
 )

@@ -62,7 +62,8 @@ class Options(NamedTuple):
         x, residual, bits = _keep(
             needs, training is not None, tensors[-1] is not None, activation, act_first
         )
-        act = (*activation, act_first)
+        # float() lets torch.compile take the parameters in here, not in the first call's own graph.
+        act = (activation.name, float(activation.p), float(activation.q), act_first)
         return cls(
             *(training is not None, eps, axis, activation, act_first, inplace, x, residual),
             (*(training or ()), eps, axis, *act, bits),
