@@ -7,7 +7,7 @@ import inspect
 import os
 import random
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
@@ -39,7 +39,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_module, distri
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tribn
+from tribn import distributed
 from tribn.functional import batch_norm
+from tribn.reference import kind
 
 RANKS = (2, 3, 4)
 
@@ -595,6 +597,26 @@ def test_a_dtype_new_to_one_rank_is_named_on_every_rank(pool):
         assert ("for rank 0, 2" if rank == 1 else "rank 1 has come with") in text
         assert seconds < BOUND
         assert same
+
+
+def left_behind(rank, what):
+    """Which of the keys that a first turn has, its store still has when all are done."""
+    group = group_of([0, 1, 2], 60)
+    if group is None:
+        return []
+    C = 6 if rank == 1 and what == "different" else 5
+    with suppress(ValueError):
+        tribn.SyncBatchNorm(C, process_group=group)(torch.randn(4, C))
+    dist.barrier(group)
+    store = distributed._store(group)
+    counts = [f"kind/{kind(F32, channels)}" for channels in (5, 6)]
+    keys = ["come", "left", "same", *counts, *(f"rank/{r}" for r in range(3))]
+    return [key for key in keys if store.check([f"tribn/0/{key}"])]
+
+
+@pytest.mark.parametrize("what", ["same", "different"])
+def test_agreement_leaves_nothing_for_a_later_group_with_the_same_store(what, pool):
+    assert pool(left_behind, what) == [[]] * 4
 
 
 def missing(rank, first):

@@ -324,8 +324,14 @@ def agree(row: Tensor, group: str, kind: int) -> None:
             f"{describe(kind)} for rank {', '.join(map(str, missing))}: all ranks of the process "
             "group must call the same layers in the same order"
         ) from error
-    if store.get(f"{turn}/same") != b"True":
-        check_same(list(_come(found, turn).values()))
+    same, come = store.get(f"{turn}/same") == b"True", _come(found, turn)
+    if store.add(f"{turn}/left", 1) == found.size():  # another group may be given this store
+        for key in ("come", "left", "same", *(f"kind/{k}" for k in {*come.values()})):
+            store.delete_key(f"{turn}/{key}")
+        for rank in come:
+            store.delete_key(f"{turn}/rank/{rank}")
+    if not same:
+        check_same(list(come.values()))
     met.kinds.add(kind)
 
 
