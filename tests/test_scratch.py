@@ -27,6 +27,7 @@ def fresh(monkeypatch):
     for name in ("_left", "_of_streams"):
         monkeypatch.setattr(scratch, name, {})
     monkeypatch.setattr(scratch, "_captured", [])
+    monkeypatch.setattr(scratch, "_short", set())
 
 
 @pytest.fixture
@@ -179,17 +180,19 @@ def test_a_capture_waits_for_nothing(cuda, warm):
         scratch.scratch(cuda.device, 10, 3)
     cuda.capturing = True
     pages = scratch._left.copy()
-    taken = [scratch.scratch(cuda.device, 10, PAGE // 5)[1] for _ in range(7)]
+    taken = [scratch.scratch(cuda.device, 10, PAGE // 5 + 1)[1] for _ in range(7)]
     for counters in taken:
-        assert_zeros(counters, PAGE // 5)
+        assert_zeros(counters, PAGE // 5 + 1)
     assert_apart(taken)
     assert len(scratch._captured) == (4 if warm else 0)
     assert scratch._left.keys() == pages.keys()
     cuda.capturing = False
-    counters_of(cuda.device, 4)
+    eager = counters_of(cuda.device, 3)
     cuda.capturing = True
     scratch.scratch(cuda.device, 10, PAGE // 3)
-    assert len(scratch._captured) == (5 if warm else 1), "there are new ones"
+    assert len(scratch._captured) == (5 if warm else 1), "the next call has made new ones"
+    cuda.capturing = False
+    assert counters_of(cuda.device, 3) is eager
 
 
 # Worker processes, of a parent that has used tribn

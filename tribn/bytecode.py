@@ -146,7 +146,7 @@ def _check(code: types.CodeType, names: dict[str, Any], asked: set[str]) -> list
         kind, value = step.opname, step.argval
         if kind in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
             continue
-        attribute = "ATTR" in kind or "METHOD" in kind
+        attribute = kind in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
         if reason := _statement(kind):
             raise Refused(reason)
         if kind == "IS_OP" and constant is not None:

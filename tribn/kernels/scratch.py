@@ -12,10 +12,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-PAGE = 2**16  # counters that are set to 0 at once
+PAGE = 2**18  # counters that are set to 0 at once, of which a launch takes some 100
 
 _lock = Lock()  # held while counters are taken
 _left: dict[torch.device, Tensor] = {}  # of the newest page
+_short: set[torch.device] = set()  # where graphs have taken half of it
 _captured: list[Tensor] = []  # in use as long as a graph may be
 _of_streams: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -33,12 +34,14 @@ def _counters(device: torch.device, count: int) -> Tensor:
             return _captured_zeros(device, count)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     of_stream = _of_streams.get((device, stream))
-    if of_stream is None or len(of_stream) < count:
+    if of_stream is None or len(of_stream) < count or device in _short:
         with _lock:
             # Before anything is captured there are counters for what will be.
             if len(_left.get(device, ())) < max(count, PAGE // 2):
                 _left[device] = _page(device, max(count, PAGE))
-            of_stream = _of_streams[device, stream] = _take(device, count)
+            _short.discard(device)
+            if of_stream is None or len(of_stream) < count:
+                of_stream = _of_streams[device, stream] = _take(device, count)
     return of_stream
 
 
@@ -60,6 +63,8 @@ def _captured_zeros(device: torch.device, count: int) -> Tensor:
         if len(_left.get(device, ())) >= count:
             zeros = _take(device, count)
             _captured.append(zeros)
+            if len(_left[device]) < PAGE // 2:
+                _short.add(device)
             return zeros
     return torch.zeros(count, dtype=torch.int32, device=device)  # by the graph, in every replay
 
