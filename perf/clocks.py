@@ -12,7 +12,8 @@ import math
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any
 
@@ -44,8 +45,6 @@ def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> d
     """
     found: dict[Any, Sampler] = {}
     if device == "cuda":
-        for sets in calls.values():
-            sets[0]()  # what only a first call does cannot be captured
         pool = torch.cuda.graph_pool_handle()  # one for all: no replay needs another's results
         repeats = min(max(math.ceil(GRAPH_BYTES / nbytes), 5), 200)
         for direction, sets in calls.items():
@@ -55,6 +54,17 @@ def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> d
     for direction, sets in calls.items():
         found[direction, "wall"] = Wall(sets[0], device)
     return found
+
+
+@contextmanager
+def unsynchronized() -> Iterator[None]:
+    """Raises where the host would wait for the device: in a capture that would break the process."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Wall:
@@ -93,6 +103,9 @@ class Replay:
     def __init__(self, calls: Sequence[Call], rounds: int, pool: Any) -> None:
         self.count = rounds * len(calls)
         self.graph = torch.cuda.CUDAGraph()
+        calls[0]()  # what only a first call does cannot be captured
+        with unsynchronized():
+            calls[0]()
         # A round's results stay until the next one, so that each call of it writes other memory.
         results: deque[Any] = deque(maxlen=len(calls))
         with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.current_stream()):

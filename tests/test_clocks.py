@@ -44,11 +44,13 @@ class Event:
 @pytest.fixture
 def cuda(monkeypatch):
     """Stands in for what the clocks use of torch.cuda; `captured` has the pool of each graph."""
-    stand_in = SimpleNamespace(captured=[], synchronized=0, graphs=[])
+    modes = ["default"]
+    stand_in = SimpleNamespace(captured=[], synchronized=0, graphs=[], modes=modes)
 
     @contextmanager
     def graph(graph, pool, stream):
         assert stream == "a stream"
+        assert modes[-1] == "default"
         stand_in.captured.append(pool)
         stand_in.graphs.append(graph)
         yield
@@ -65,6 +67,8 @@ def cuda(monkeypatch):
         "current_stream": lambda: "a stream",
         "current_device": lambda: 0,
         "synchronize": synchronize,
+        "get_sync_debug_mode": lambda: modes[-1],
+        "set_sync_debug_mode": modes.append,
         "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=L2),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -107,13 +111,26 @@ def test_replay_goes_round_all_inputs(cuda):
         return Result()
 
     replay = clocks.Replay([lambda n=n: call(n) for n in range(3)], rounds=4, pool="a pool")
-    assert calls == [0, 1, 2] * 4
+    assert calls == [0, 0] + [0, 1, 2] * 4  # twice before the capture
     assert most in (3, 4)  # a round's results, so that no two calls of it write the same memory
     assert not live, "results are kept beyond the capture"
     assert cuda.captured == ["a pool"]
     assert replay() == pytest.approx(MILLISECONDS / 1e3 / 12)
     assert cuda.graphs[0].replays == 2  # the first of which is not timed
-    assert len(calls) == 12
+    assert len(calls) == 14
+
+
+def test_what_waits_for_the_device_is_not_captured(cuda):
+    """The second call is made where waiting raises, and the mode is put back."""
+
+    def wait():
+        if cuda.modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        clocks.Replay([wait], rounds=4, pool="a pool")
+    assert not cuda.captured
+    assert cuda.modes == ["default", "error", "default"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +155,7 @@ def test_samplers_on_a_gpu(cuda, nbytes, sets, cold, hot):
         assert (("forward", clock) in found) == (number is not None)
         if number:
             assert found["forward", clock].count == number
-    ran_first = 1
+    ran_first = 2 * len(cuda.captured)
     assert count[0] == ran_first + (cold or 0) // sets + hot
     assert all(n == (cold or 0) // sets for n in count[1:])
     assert len(set(cuda.captured)) == 1, "graphs of a provider do not share memory"

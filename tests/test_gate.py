@@ -88,6 +88,15 @@ def biased_running_var(x, residual, mean, var, *arguments):
     return y
 
 
+def wrong_momentum(x, residual, mean, var, *arguments):
+    y = F.batch_norm(x, mean, var, *arguments, momentum=0.9)
+    return torch.relu(y + residual)
+
+
+def no_statistics(x, residual, mean, var, *arguments):
+    return eager(x, residual, mean.clone(), var.clone(), *arguments)
+
+
 def nan(*arguments):
     y = eager(*arguments)
     return torch.where(torch.arange(y.shape[-1]) > 5, torch.nan, y)
@@ -120,6 +129,24 @@ def cut(*arguments):
 def test_wrong_results_are_named(function, named):
     of = case()
     with pytest.raises((WrongResult, RuntimeError), match=named):
+        check(function, of, inputs(of))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (wrong_eps, "output of eval"),
+        (wrong_eval, "output of eval"),
+        (wrong_momentum, "running_mean"),
+        (no_statistics, "running_mean"),
+        (no_running_mean, "running_mean"),
+        (biased_running_var, "running_var"),
+    ],
+)
+def test_so_are_wrong_statistics_of_half_precision(function, named, dtype):
+    of = case(dtype=dtype)
+    with pytest.raises(WrongResult, match=named):
         check(function, of, inputs(of))
 
 
