@@ -41,6 +41,7 @@ lint: .venv/stamp  ## check style and types
 # find does not keep the benchmark, which has a correctness gate of its own, from leaving its results.
 gpu: export OUT := $(or $(OUT),perf/results)
 gpu:  ## test and benchmark on a GPU with the packages of PYTHON; results go to OUT
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device here")'
 	@mkdir -p "$$OUT"
 	@echo "Running the tests; their output goes to $$OUT/tests.log"
 	@status=0; ls tests/test_*.py | timeout 300 xargs -P 8 -I {} \

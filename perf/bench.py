@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -31,7 +30,16 @@ from perf.cases import DIRECTIONS, DTYPES, LAYOUTS, NETS, OPS, SETS, Layer, laye
 from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
 from perf.gate import Case, Inputs, check, described
 from perf.providers import PROVIDERS
-from perf.report import Report, count, device_name, environment, parser_of, write
+from perf.report import (
+    Report,
+    count,
+    device_name,
+    environment,
+    name_of,
+    parser_of,
+    refuse_interpreter,
+    write,
+)
 
 ROUNDS, FEWEST_ROUNDS = 20, 5  # samples of each clock
 PATIENCE = 10.0  # seconds of sampling, after which the fewest are enough
@@ -193,13 +201,14 @@ def tables(report: Report) -> list[Table]:
         title = f"{row['dtype']}, {row['layout']}"
         if title not in found:
             found[title] = Table("direction", "clock", "provider", title=title, box=SIMPLE_HEAD)
-            for column in ("µs", "copy", "speed-up", "range"):
+            for column in ("layers", "µs", "copy", "speed-up", "range"):
                 found[title].add_column(column, justify="right", no_wrap=True)
         ratios = []
         if "speed_up" in row and row["provider"] != "tribn":
             ratios = [f"{row['speed_up']:.2f}", f"{row['lowest']:.2f}–{row['highest']:.2f}"]
         found[title].add_row(
             *(row[key] for key in ("direction", "clock", "provider")),
+            str(row["layers"]),
             f"{row['us']:.1f}",
             f"{row['share_of_copy']:.0%}",
             *ratios,
@@ -241,11 +250,16 @@ def show(report: Report, console: Console) -> None:
 # Command line
 
 
+FEWEST_VALUES = 4  # per channel: the gradient of fewer is little but rounding
+
+
 def shape(text: str) -> tuple[int, ...]:
     """As in 128x256x56x56, for argparse."""
     sizes = tuple(map(count, text.split("x")))
-    if len(sizes) < 2 or math.prod(sizes) == sizes[1]:
-        raise ValueError
+    if len(sizes) < 2 or math.prod(sizes) < FEWEST_VALUES * sizes[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no shape as 128x256x56x56, of at least {FEWEST_VALUES} values a channel"
+        )
     return sizes
 
 
@@ -264,7 +278,7 @@ def parser(device: str) -> argparse.ArgumentParser:
         "--shape",
         type=shape,
         metavar="NxC[x...]",
-        help="one input, as 128x256x56x56; at least two values a channel",
+        help=f"one input, as 128x256x56x56; at least {FEWEST_VALUES} values a channel",
     )
     parser.add_argument(
         "--op", choices=OPS, metavar="NAME", help=f"with --shape: of {', '.join(OPS)} (bn)"
@@ -299,22 +313,23 @@ def parser(device: str) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None, device: str) -> argparse.Namespace:
-    """The arguments, with `cases`, `name` of what is measured, and the providers that can run."""
+    """The arguments, with `cases`, `what` they are, the result's `file`, and providers that run."""
     parsing = parser(device)
     arguments = parsing.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parsing.error("TRITON_INTERPRET=1 would time Triton's interpreter: unset it")
+    refuse_interpreter(parsing)
     if arguments.batch and (arguments.set or arguments.shape):
         parsing.error("--batch goes with --net: sets and shapes have theirs")
     if arguments.op and not arguments.shape:
         parsing.error("--op goes with --shape: networks and sets have theirs")
     if arguments.shape:
         chosen = [replace(OPS[arguments.op or "bn"], shape=arguments.shape, count=1)]
-        arguments.name = f"{chosen[0].op} {chosen[0]}"
+        arguments.what = f"{chosen[0].op} {chosen[0]}"
     else:
-        arguments.name = arguments.set or arguments.net or "resnet50"
+        arguments.what = arguments.set or arguments.net or "resnet50"
         usual = None if device == "cuda" else 2
-        chosen = layers(arguments.name, arguments.batch or usual)
+        chosen = layers(arguments.what, arguments.batch or usual)
+    options = "batch", "providers", "layouts", "dtypes"
+    arguments.file = name_of(arguments.what, parsing, arguments, *options)
     arguments.cases = cases(chosen, arguments.layouts, arguments.dtypes)
     everyone = "all" in arguments.providers
     named = list(dict.fromkeys(PROVIDERS if everyone else arguments.providers))
@@ -367,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": "bench",
         "path": "GPU" if device == "cuda" else "CPU path, no GPU",
         "environment": environment(device),
-        "cases": arguments.name,
+        "cases": arguments.what,
         "providers": arguments.providers,
         "unavailable": arguments.unavailable,
         "threads": torch.get_num_threads(),
@@ -384,8 +399,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["left_out"] = [labels(case) for case in pending]
     report["summary"] = summarize(report["rows"])
     where = device_name(device) if device == "cuda" else "cpu"
-    path = write(report, arguments.out, f"bench-{where}-{arguments.name}")
+    file = f"bench-{where}-{arguments.file}" + "-interrupted" * interrupted
+    path = write(report, arguments.out, file)
     show(report, console)
     console.print(str(path), soft_wrap=True)
     if interrupted:
         sys.exit("interrupted")
+    if "tribn" in arguments.providers and not any(r["provider"] == "tribn" for r in report["rows"]):
+        sys.exit("tribn was timed on nothing")

@@ -58,7 +58,7 @@ def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> d
 
 @contextmanager
 def unsynchronized() -> Iterator[None]:
-    """Raises where the host would wait for the device: in a capture that would break the process."""
+    """Raises where the host would wait for the device: a capture would break down there."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

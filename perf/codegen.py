@@ -410,14 +410,22 @@ def compile_all(chosen: Sequence[Layer], targets: Sequence[str]) -> list[Row]:
     return list(found.values())
 
 
-def last_saved(path: Path, rows: Sequence[Row], part: bool) -> list[Row]:
-    """Rows to compare with: those of the same targets; of a part of the shapes only the same."""
+def read(path: Path) -> list[Row]:
+    """The rows of a saved table."""
+    try:
+        report = json.loads(path.read_text())
+        rows: list[Row] = report["rows"]
+        if report["command"] == "codegen" and all(map(key, rows)):
+            return rows
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise SystemExit(f"{path} is no table of codegen to compare with: move it away")
+
+
+def comparable(last: Sequence[Row], rows: Sequence[Row], part: bool) -> list[Row]:
+    """Of the last table the rows of the same targets; of a part of the shapes only the same."""
     targets, keys = {row["target"] for row in rows}, set(map(key, rows))
-    return [
-        row
-        for row in json.loads(path.read_text())["rows"]
-        if row["target"] in targets and (not part or key(row) in keys)
-    ]
+    return [row for row in last if row["target"] in targets and (not part or key(row) in keys)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -426,10 +434,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [name for name in (arguments.net, arguments.set) if name]
     names = chosen or [*NETS, *SETS]
     distinct = dict.fromkeys(replace(layer, count=1) for name in names for layer in layers(name))
-    rows = sorted(compile_all(tuple(distinct), targets), key=key)
-
     saved = arguments.out / "codegen.json"
-    before = last_saved(saved, rows, part=bool(chosen)) if saved.exists() else None
+    last = read(saved) if saved.exists() else None  # before it takes an hour
+    rows = sorted(compile_all(tuple(distinct), targets), key=key)
+    before = None if last is None else comparable(last, rows, part=bool(chosen))
     report: Report = {
         "command": "codegen",
         "environment": environment("cpu"),

@@ -208,6 +208,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="runs of the benchmark on either (%(default)s)",
     )
     arguments, options = parser.parse_known_args(argv)
+    if "--providers" in options:
+        parser.error(f"--providers: what is compared is tribn, and {CONTROL} shows the spread")
     options += ["--providers", "tribn", CONTROL]
     bench.parse(options, "cuda" if torch.cuda.is_available() else "cpu")  # refuses bad ones
     return arguments, options

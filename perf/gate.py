@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from perf.cases import DTYPES, Layer
 from perf.providers import ACTIVATIONS, Function, unfused
 
-# The largest ‖result − exact‖ / ‖exact‖: a few roundings of the input's dtype. Running statistics are
-# in float32 whatever the input.
+# The largest ‖result − exact‖ / ‖exact‖: a few roundings of the input's dtype. Running statistics
+# are in float32 whatever the input.
 TOLERANCE = {"bf16": 2e-2, "fp16": 3e-3, "fp32": 1e-4}
 
 # Where an activation with a cut-off lets the gradient pass, by its value

@@ -17,7 +17,6 @@ on a GPU. torch.nn's rows then hold the operators of the CPU, which are small he
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -36,7 +35,16 @@ from rich.table import Table
 import tribn
 from perf.codegen import absent
 from perf.networks import norm_of
-from perf.report import Report, count, device, device_name, environment, parser_of, write
+from perf.report import (
+    Report,
+    count,
+    device,
+    device_name,
+    environment,
+    parser_of,
+    refuse_interpreter,
+    write,
+)
 from tribn import functional, kernels, ops
 
 SHAPE = (2, 4, 2, 2)
@@ -192,8 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="cpu or cuda (%(default)s)",
     )
     arguments = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        parser.error("TRITON_INTERPRET=1 replaces the launches that are measured: unset it")
+    refuse_interpreter(parser)
     return arguments
 
 

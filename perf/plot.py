@@ -68,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parser.error(str(error))
     for path, report in reports.items():
         out = arguments.out or path.parent
-        out.mkdir(parents=True, exist_ok=True)
         try:
             figures = draw(report, out, path.stem)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             parser.error(f"{path} is no whole result of {report['command']}: {error!r}")
+        if not figures:
+            parser.error(f"{path} has nothing to draw: no layer was timed")
         for figure in figures:
             print(figure)

@@ -1,15 +1,18 @@
 """Compares a result of bench with the stored one of the same device and network.
 
-What is compared is torch.compile's time over tribn's: its geometric mean over the layers, in each
-direction, layout, dtype and clock. Exit code 1 says that one is more than 10 % below the stored
-one, or that tribn was wrong or failed; 0 that none is, or that there is no stored result; 2 that a
-file is not a result of bench, or shares nothing with the stored one.
+What is compared is torch.compile's time over tribn's, of each layer and as the geometric mean over
+the layers, in each direction, layout, dtype and clock. Exit code 1 says that a mean is more than
+10 % below the stored one, or a layer's ratio more than 30 %; that more than a fifth of the stored
+ratios of such a mean were not measured again; or that tribn was wrong or failed. 0 says that all is
+well, or that there is no stored result; 2 that a file is not a result of bench, or has nothing that
+can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -21,7 +24,8 @@ from rich.table import Table
 from perf.report import RESULTS, Report
 from perf.rows import Conditions, Key, means, problems, read, times
 
-DROP = 0.1  # of a mean, that is let pass
+DROP, LAYER_DROP = 0.1, 0.3  # of a mean and of one of its layers, that are let pass
+MISSING = 0.2  # of the layers of a mean, that need not be measured again
 
 
 def ratios(report: Report) -> dict[Key, float]:
@@ -37,8 +41,34 @@ def pairs(stored: Report, new: Report) -> dict[Conditions, tuple[float, float]]:
     return {conditions: (old_means[conditions], new_means[conditions]) for conditions in old_means}
 
 
-def dropped(stored: float, new: float) -> bool:
-    return new < (1 - DROP) * stored
+def dropped(stored: float, new: float, most: float = DROP) -> bool:
+    return new < (1 - most) * stored
+
+
+def losses(stored: Report, new: Report) -> list[str]:
+    """Everything that is a regression, in words."""
+    old, now = ratios(stored), ratios(new)
+    found = [
+        f"{conditions}: {-change(*pair):.0%} slower against torch.compile, more than {DROP:.0%}"
+        for conditions, pair in pairs(stored, new).items()
+        if dropped(*pair)
+    ]
+    found += [
+        f"{key}, {key.conditions}: {-change(old[key], now[key]):.0%} slower against torch.compile"
+        for key in old
+        if key in now and dropped(old[key], now[key], LAYER_DROP)
+    ]
+    had, have = (Counter(key.conditions for key in keys) for keys in (old, old.keys() & now.keys()))
+    found += [
+        f"{conditions}: {have[conditions]} of {layers} layers were measured again"
+        for conditions, layers in had.items()
+        if have[conditions] < (1 - MISSING) * layers
+    ]
+    return found
+
+
+def change(stored: float, new: float) -> float:
+    return new / stored - 1
 
 
 def comparable(stored: Report, new: Report) -> bool:
@@ -50,14 +80,11 @@ def comparable(stored: Report, new: Report) -> bool:
 def differences(stored: Report, new: Report) -> list[str]:
     """Versions and whatever else was not the same."""
     old, now = stored["environment"], new["environment"]
-    found = [
+    return [
         f"{name}: {old.get(name)} stored, {now.get(name)} new"
         for name in dict.fromkeys([*old, *now])
         if old.get(name) != now.get(name)
     ]
-    if left_out := ratios(stored).keys() - ratios(new).keys():
-        found.append(f"not measured again: {len(left_out)} of {len(ratios(stored))} ratios")
-    return found
 
 
 def table(found: Mapping[Conditions, tuple[float, float]]) -> Table:
@@ -66,7 +93,7 @@ def table(found: Mapping[Conditions, tuple[float, float]]) -> Table:
     for column in ("stored", "new", "change"):
         shown.add_column(column, justify="right")
     for conditions, (old, new) in found.items():
-        numbers = f"{old:.2f}", f"{new:.2f}", f"{new / old - 1:+.1%}"
+        numbers = f"{old:.2f}", f"{new:.2f}", f"{change(old, new):+.1%}"
         style = "red" if dropped(old, new) else None
         shown.add_row(*astuple(conditions), *numbers, style=style)
     return shown
@@ -97,15 +124,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if failed := problems(new, "tribn"):
         sys.exit("\n".join(["tribn is wrong or fails:", *failed]))
     what = f"{new['cases']} on {new['environment']['device']}"
-    stored = next((old for old in arguments.baseline if comparable(old, new)), None)
-    if stored is None:
+    if not ratios(new):
+        parser.error("NEW has no time of tribn and torch.compile at the same layer")
+    candidates = [old for old in arguments.baseline if comparable(old, new)]
+    if not candidates:
         console.print(f"No other result of {what} is stored: there is nothing to compare with.")
         return
+    stored = max(candidates, key=lambda old: len(ratios(old).keys() & ratios(new).keys()))
     for line in differences(stored, new):
         console.print(line)
     found = pairs(stored, new)
     if not found:
         parser.error(f"NEW shares no shape, layout and dtype with the stored result of {what}")
     console.print(table(found))
-    if any(dropped(*pair) for pair in found.values()):
-        sys.exit(f"{what}: tribn lost more than {DROP:.0%} against torch.compile.")
+    if lost := losses(stored, new):
+        sys.exit("\n".join([f"{what}: tribn has lost ground, or was not measured again.", *lost]))

@@ -7,9 +7,10 @@ import math
 import os
 import platform
 import subprocess
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,29 @@ def device_name(device: str) -> str:
 
 def write(report: Report, out: Path, name: str) -> Path:
     """Writes `name`.json into the directory `out`, which is made if need be."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name.replace(' ', '-')}.json"
-    path.write_text(json.dumps(_jsonable(report), indent=1, allow_nan=False) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_jsonable(report), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise SystemExit(f"the result cannot be written: {error}") from error
     return path
+
+
+def name_of(what: str, parser: ArgumentParser, arguments: Namespace, *options: str) -> str:
+    """Of a result: what was measured and where, and those of the options that are not the usual."""
+    given = {option: getattr(arguments, option) for option in options}
+    unusual = [
+        f"{option}-{'-'.join(map(str, value if isinstance(value, list) else [value]))}"
+        for option, value in given.items()
+        if value != parser.get_default(option)
+    ]
+    return "-".join([what, *unusual])
+
+
+def refuse_interpreter(parser: ArgumentParser) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 would time Triton's interpreter: unset it")
 
 
 def parser_of(name: str, description: str | None, **options: Any) -> ArgumentParser:
@@ -76,19 +96,19 @@ def device(text: str) -> str:
 
 def count(text: str) -> int:
     """A positive integer, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
 
 
 def directory(text: str) -> Path:
-    """A directory that exists or can be made, for argparse."""
-    path = Path(text)
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError
-    return path
+    """A directory to write to, which is made if need be, for argparse."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=text).close()
+    except OSError as error:
+        raise ArgumentTypeError(f"{text} is no directory to write to: {error.strerror}") from error
+    return Path(text)
 
 
 def _version(package: str) -> str | None:
@@ -102,9 +122,9 @@ def _output(*command: str) -> str | None:
     """The first line a command prints; None if it fails or is not there."""
     try:
         done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    except FileNotFoundError:
+    except OSError:
         return None
-    return done.stdout.split("\n")[0] or None
+    return None if done.returncode else done.stdout.split("\n")[0] or None
 
 
 def _jsonable(value: Any) -> Any:

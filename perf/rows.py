@@ -26,6 +26,9 @@ class Conditions:
     def title(self) -> str:
         return f"{self.dtype}, {self.layout}"
 
+    def __str__(self) -> str:
+        return f"{self.title}, {self.direction}, {self.clock}"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -88,9 +91,10 @@ def _of_bench(report: Report) -> bool:
     try:
         return (
             report["command"] == "bench"
-            and all(key(row) and row["provider"] and row["us"] > 0 for row in report["rows"])
+            and all({key(row)} and row["provider"] and row["us"] > 0 for row in report["rows"])
             and all(row["op"] and row["problem"] for row in report["problems"])
-            and bool(report["cases"] and report["environment"]["device"])
+            and all("provider" in row for row in report["problems"])
+            and bool(report["cases"] and isinstance(report["environment"]["device"], str))
         )
     except (LookupError, TypeError):
         return False

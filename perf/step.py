@@ -34,7 +34,17 @@ import tribn
 from perf.clocks import timed
 from perf.gate import compare, described
 from perf.networks import NETWORKS, Network, norm_of
-from perf.report import Report, count, device, device_name, environment, parser_of, write
+from perf.report import (
+    Report,
+    count,
+    device,
+    device_name,
+    environment,
+    name_of,
+    parser_of,
+    refuse_interpreter,
+    write,
+)
 
 PROVIDERS = {"eager": torch.nn, "compile": torch.nn, "tribn": tribn}  # where batch norm is from
 # Batch, and pixels or voxels a side
@@ -134,7 +144,10 @@ def measure(
     calls: dict[str, Callable[[], Any]] = {}
     peaks: dict[str, int | None] = {}
     problems = []
+    training: Training | None = None
     for provider in providers:
+        training = None  # of one that failed, which would count as held
+        gc.collect()
         held = torch.cuda.memory_allocated()  # by other providers
         try:
             training = Training(NETWORKS[name], provider, shape, device)
@@ -225,7 +238,7 @@ def number(value: float) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with `shapes`: that of the inputs, by network."""
+    """The arguments, with `shapes` of the inputs, by network, and the result's `file`."""
     rivals = [name for name in PROVIDERS if name != "eager"]
     parser = parser_of("step", __doc__)
     parser.add_argument(
@@ -258,6 +271,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="cpu or cuda (%(default)s)",
     )
     arguments = parser.parse_args(argv)
+    refuse_interpreter(parser)
+    where = device_name("cuda") if arguments.device == "cuda" else "cpu"
+    options = "net", "providers", "batch", "size"
+    arguments.file = name_of(f"step-{where}", parser, arguments, *options)
     chosen = arguments.providers or (rivals if arguments.device == "cuda" else ["tribn"])
     arguments.providers = ["eager", *(name for name in rivals if name in chosen)]
     arguments.shapes = {}
@@ -308,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report["problems"] += found[1]
             gc.collect()  # what a network leaves behind would count as another's
             torch.cuda.empty_cache()
-    path = write(report, arguments.out, f"step-{device_name('cuda') if on_gpu else 'cpu'}")
+    path = write(report, arguments.out, arguments.file)
     console.print(f"{report['path']}: {report['environment']['device']}, {report['dtype']}")
     console.print(table(report))
     for row in report["problems"]:

@@ -36,7 +36,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tribn
 from perf.cases import NETS, layers
 from perf.devices import GPUS, NETWORKS, Gpu, Network
-from perf.report import Report, count, device, device_name, environment, parser_of, write
+from perf.report import (
+    Report,
+    count,
+    device,
+    device_name,
+    environment,
+    name_of,
+    parser_of,
+    refuse_interpreter,
+    write,
+)
 from perf.traffic import PATHS
 
 Row = dict[str, Any]
@@ -212,9 +222,12 @@ def measured(device: str, batch: int, rounds: int) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
-            mp.start_processes(
-                measure, (world, device, shapes, rounds, folder), nprocs=world, start_method="spawn"
-            )
+            arguments = world, device, shapes, rounds, folder
+            try:
+                mp.start_processes(measure, arguments, nprocs=world, start_method="spawn")
+            except mp.ProcessRaisedException as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise SystemExit(f"{world} processes cannot be timed: {reason}") from error
             rows += json.loads(Path(f"{folder}/rows{world}").read_text())
     return rows
 
@@ -312,7 +325,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rounds", type=count, default=30, metavar="N", help="samples of each call (%(default)s)"
     )
     parser.add_argument("--net", choices=NETS, default="resnet50", help="reckoned (%(default)s)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    refuse_interpreter(parser)
+    where = device_name("cuda") if arguments.device == "cuda" else "cpu"
+    arguments.file = name_of(f"sync-{where}", parser, arguments, "net", "batch")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "rows": reckoned(arguments.net, gpu, network),
         },
     }
-    path = write(report, arguments.out, f"sync-{device_name('cuda') if on_gpu else 'cpu'}")
+    path = write(report, arguments.out, arguments.file)
     console = Console()
     console.print(measured_table(report), reckoned_table(report))
     console.print(str(path), soft_wrap=True)

@@ -161,7 +161,7 @@ def test_a_right_provider_beside_it_is_timed(run, rival):
 
 def test_tribn_itself_is_not_exempt(run, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "tribn", Provider(lambda layer: unfused(wrong, layer)))
-    report = run(*TINY)
+    report = run(*TINY, code="tribn was timed on nothing")
     assert {row["provider"] for row in report["problems"]} == {"tribn"}
     assert {row["provider"] for row in report["rows"]} == {"eager", COPY}
 
@@ -297,7 +297,7 @@ def test_the_interpreter_is_not_timed(no_gpu, monkeypatch, capsys):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_defaults(device):
     arguments = bench.parse([], device)
-    assert arguments.name == "resnet50"
+    assert arguments.what == arguments.file == "resnet50"
     assert len(arguments.cases) == 2 * 16
     batch = {case.layer.shape[0] for case in arguments.cases}
     if device == "cuda":

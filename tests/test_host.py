@@ -149,9 +149,9 @@ def test_samples_are_single_calls_to_and_fro():
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ("--rounds 0", "invalid count value"),
+        ("--rounds 0", "no positive integer"),
         ("--device tpu", "'tpu' is neither cpu nor cuda"),
-        (f"--out {__file__}", "invalid directory value"),
+        (f"--out {__file__}", "no directory to write to"),
         ("more", "unrecognized arguments: more"),
     ],
 )

@@ -215,6 +215,14 @@ def test_without_arguments_all_results_that_have_figures(tmp_path, monkeypatch, 
     assert {p.name.split("-")[0] for p in tmp_path.glob("*.png")} == {"bench"}
 
 
+def test_a_result_without_a_time_has_nothing_to_draw(tmp_path, capsys):
+    path = write(alone() | {"rows": [], "summary": []}, tmp_path, "bench-cpu")
+    with pytest.raises(SystemExit) as exit:
+        main(["plot", str(path)])
+    assert exit.value.code == 2
+    assert "has nothing to draw" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

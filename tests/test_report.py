@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def test_environment_names_device_and_revision():
 @pytest.mark.parametrize("text", ["0", "-1", "x", "1.5"])
 def test_count_is_a_positive_integer(text):
     assert report.count("12") == 12
-    with pytest.raises(ValueError):  # noqa: PT011  argparse words the message
+    with pytest.raises(ArgumentTypeError, match="no positive integer"):
         report.count(text)
 
 
@@ -34,5 +35,29 @@ def test_directory_is_no_file(tmp_path):
     file = tmp_path / "file"
     file.touch()
     assert report.directory(str(tmp_path / "new")) == tmp_path / "new"
-    with pytest.raises(ValueError):  # noqa: PT011  argparse words the message
-        report.directory(str(file))
+    for path in (file, file / "below", "/proc/none", tmp_path / ("x" * 300)):
+        with pytest.raises(ArgumentTypeError, match="no directory to write to"):
+            report.directory(str(path))
+
+
+def test_a_result_that_cannot_be_written_is_said_in_a_line(tmp_path):
+    with pytest.raises(SystemExit, match="cannot be written"):
+        report.write({}, tmp_path, "x" * 300)
+
+
+def test_names_have_the_unusual_options():
+    parser = report.parser_of("bench", None)
+    parser.add_argument("--dtypes", nargs="+", default=["fp32"])
+    parser.add_argument("--batch", type=report.count)
+
+    def name(*argv):
+        return report.name_of("a", parser, parser.parse_args(argv), "dtypes", "batch")
+
+    assert name() == name("--dtypes", "fp32") == "a"
+    assert name("--dtypes", "bf16", "fp16", "--batch", "4") == "a-dtypes-bf16-fp16-batch-4"
+
+
+def test_a_command_that_fails_has_no_output():
+    assert report._output("sh", "-c", "echo failed; exit 9") is None
+    assert report._output("no such command") is None
+    assert report._output("sh", "-c", "echo first; echo second") == "first"

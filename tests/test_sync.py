@@ -92,7 +92,7 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sync, "SHAPES", ((3, 4, 4),))
     out = ["--out", str(tmp_path)]
     main(["sync", "--device", "cpu", "--batch", "2", "--rounds", "2", *out])
-    report = json.loads((tmp_path / "sync-cpu.json").read_text())
+    report = json.loads((tmp_path / "sync-cpu-batch-2.json").read_text())
     assert (report["command"], report["rounds"]) == ("sync", 2)
     assert report["environment"]["tribn"] == tribn.__version__
     rows = {(row["provider"], row["direction"]): row for row in report["rows"]}
@@ -108,9 +108,11 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
         assert 1 < row["quartiles_us"][0] <= row["us"] <= row["quartiles_us"][1] < 1e7
     assert report["estimate"]["network"]["source"]
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("Reckoned, not measured", "no GPU", "sync-cpu.json"))
-    plot.main([str(tmp_path / "sync-cpu.json")])
-    figures = [tmp_path / f"sync-cpu{suffix}" for suffix in (".svg", ".png")]
+    assert all(
+        text in printed for text in ("Reckoned, not measured", "no GPU", "sync-cpu-batch-2.json")
+    )
+    plot.main([str(tmp_path / "sync-cpu-batch-2.json")])
+    figures = [tmp_path / f"sync-cpu-batch-2{suffix}" for suffix in (".svg", ".png")]
     assert all(path.stat().st_size > 10_000 for path in figures)
     text = figures[0].read_text()
     assert "not measured" in text
@@ -120,7 +122,7 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ("--rounds 0", "invalid count value"),
+        ("--rounds 0", "no positive integer"),
         ("--net lenet", "invalid choice"),
         ("--device tpu", "'tpu' is neither cpu nor cuda"),
     ],
