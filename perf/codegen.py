@@ -110,7 +110,7 @@ class Resources:
     name: str
     warps: int  # of a CTA
     registers: int  # of a thread
-    spills: int  # instructions that move registers to or from local memory
+    spills: int  # those of them that lie in local memory
     shared: int  # bytes of a CTA
     scalars: int  # AMD's scalar registers of a wave; 0 elsewhere
     loads: Counter[int]  # instructions by bytes a thread moves, from and to global memory
@@ -127,8 +127,7 @@ def absent(target: str) -> Iterator[None]:
     device.get_current_stream.return_value = 0
 
     def needs(compiled: Any) -> tuple[int, int, int]:
-        found = resources(compiled)
-        return found.registers, found.spills, found.shared
+        return *registers(compiled), compiled.metadata.shared
 
     with (
         mock.patch.object(driver, "_active", device),
@@ -235,18 +234,10 @@ def resources(kernel: Any) -> Resources:
     """Reads what `kernel` needs from its machine code."""
     scalars = 0
     if "cubin" in kernel.asm:
-        registers, code = _disassemble(kernel.asm["cubin"])
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-        loads, stores = (
-            Counter(_nvidia_bytes(m) for m in re.findall(rf"\b{op}\.E([.\w]*)", code))
-            for op in ("LDG", "STG")
-        )
+        loads, stores = _nvidia_accesses(kernel.asm["cubin"])
     else:
         code = kernel.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
         scalars = int(re.search(r"\.sgpr_count:\s*(\d+)", code)[1])
-        # Scalar registers spill into lanes of vector registers, not into memory.
-        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
         accesses = r"\b(?:global|buffer)_{}_[us]?(byte|short|dword(?:x\d)?)"
         loads, stores = (
             Counter(_amd_bytes(m) for m in re.findall(accesses.format(op), code))
@@ -254,24 +245,45 @@ def resources(kernel: Any) -> Resources:
         )
     about = kernel.metadata
     return Resources(
-        about.name, about.num_warps, registers, spills, about.shared, scalars, loads, stores
+        about.name, about.num_warps, *registers(kernel), about.shared, scalars, loads, stores
     )
 
 
+def registers(kernel: Any) -> tuple[int, int]:
+    """Registers of a thread, and those of them that are spilled."""
+    if "cubin" in kernel.asm:
+        usage = _tool("cuobjdump", "--dump-resource-usage", binary=kernel.asm["cubin"])
+        held, spilled = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        return int(held), int(spilled) // 4  # from bytes
+    code = kernel.asm["amdgcn"]
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    held, spilled = (
+        re.search(rf"\.{name}:\s*(\d+)", code)[1] for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    return int(held), int(spilled)
+
+
 @cache
-def _disassemble(cubin: bytes) -> tuple[int, str]:
-    """Registers of a thread, and SASS, by the tools of Triton's wheel."""
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+def _nvidia_accesses(cubin: bytes) -> tuple[Counter[int], Counter[int]]:
+    """Loads and stores."""
+    code = _tool("nvdisasm", "--print-code", "--no-dataflow", binary=cubin)
+    loads, stores = (
+        Counter(_nvidia_bytes(m) for m in re.findall(rf"\b{op}\.E([.\w]*)", code))
+        for op in ("LDG", "STG")
+    )
+    return loads, stores
+
+
+def _tool(name: str, *options: str, binary: bytes) -> str:
+    """What a tool of Triton's wheel prints about a cubin."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary)
         file.flush()
-        usage, code = (
-            subprocess.run([tools / tool[0], *tool[1:], file.name], capture_output=True, text=True)
-            for tool in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm",))
-        )
-    if usage.returncode or code.returncode:
-        raise RuntimeError(f"cannot read machine code: {usage.stderr}{code.stderr}")
-    return int(re.search(r"REG:(\d+)", usage.stdout)[1]), code.stdout
+        done = subprocess.run([tool, *options, file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} cannot read machine code: {done.stderr}")
+    return done.stdout
 
 
 def _nvidia_bytes(suffix: str) -> int:

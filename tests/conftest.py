@@ -1,9 +1,19 @@
 """The devices every test runs on, what is in memory before, and the settings of hypothesis."""
 
+from functools import cache
+
 import hypothesis
 import pytest
 import torch
 from cases import INTERPRET
+
+if INTERPRET:
+    from triton.runtime import interpreter
+
+    # A kernel, and each call of a device function, has the interpreter replace Triton's language
+    # with its own, which takes longer than what is computed. Once is enough: nothing is compiled.
+    interpreter._patch_lang = cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None
 
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else ["cpu"]

@@ -21,14 +21,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from multiprocessing.connection import wait
 from typing import IO, Any
 from unittest import mock
 
 import torch
 import triton.experimental.gluon  # noqa: F401  a launch does, and else in every process anew
-from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, interpreter_builder
 
@@ -83,7 +81,6 @@ def run_program(
     interpreter_builder.set_grid_idx(*index)
     interpreter_builder.set_grid_dim = interpreter_builder.set_grid_idx = lambda *_: None
     interpreter_builder.create_atomic_rmw = yielding(interpreter_builder.create_atomic_rmw)
-    interpreter._patch_lang = cache(interpreter._patch_lang)  # which device functions call as well
     executor.grid = (1,)
     executor._init_args_hst = lambda *shared_args: shared_args
     executor._restore_args_dev = lambda *_: None  # would store everything anew, when others have
