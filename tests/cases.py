@@ -25,13 +25,14 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SLOW = pytest.mark.skipif(INTERPRET, reason="thousands of programs: minutes in the interpreter")
 
 
-def runs_no_kernel() -> None:
+ALIKE = "the same whatever computes the operators: run it without TRITON_INTERPRET=1"
+OF_NO_KERNEL = pytest.mark.skipif(INTERPRET, reason=ALIKE)
+
+
+def of_no_kernel() -> None:
     """Skips the rest of a file in the interpreter's pass, which is there to check kernels."""
     if INTERPRET:
-        pytest.skip(
-            "runs no kernel that the interpreter could check: run it without TRITON_INTERPRET=1",
-            allow_module_level=True,
-        )
+        pytest.skip(ALIKE, allow_module_level=True)
 
 
 F16, BF16, F32, F64 = DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

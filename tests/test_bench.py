@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 from torch.nn import functional as F
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("rich")
 
 from perf import bench, clocks

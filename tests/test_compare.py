@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("rich")
 if not shutil.which("git"):
     pytest.skip(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 for package in ("rich", "sklearn", "matplotlib"):
     pytest.importorskip(package)
 

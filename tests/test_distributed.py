@@ -22,6 +22,7 @@ from cases import (
     F32,
     F64,
     INTERPRET,
+    OF_NO_KERNEL,
     Case,
     Fused,
     Inputs,
@@ -258,6 +259,7 @@ def test_nothing_on_all_ranks_is_no_batch(pool):
     pool(nothing)
 
 
+@OF_NO_KERNEL
 def test_signature_is_torchs_and_then_keywords():
     ours, theirs = (
         list(inspect.signature(cls).parameters.values())
@@ -299,6 +301,7 @@ def copied(rank):
     assert (first.num_batches_tracked, layer.num_batches_tracked) == (1, 0)
 
 
+@OF_NO_KERNEL
 def test_layers_are_copied_but_not_their_process_group(pool):
     pool(copied)
 
@@ -461,6 +464,7 @@ def compiled(rank, backend, **options):
     return results
 
 
+@OF_NO_KERNEL
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_as_a_whole(momentum, pool):
     for eager, found in pool(partial(compiled, momentum=momentum, activation="silu"), "aot_eager"):
@@ -468,6 +472,7 @@ def test_compiled_as_a_whole(momentum, pool):
             torch.testing.assert_close(ours, expected)
 
 
+@OF_NO_KERNEL
 def test_evaluation_is_exported_without_collectives(pool):
     pool(exported)
 
@@ -589,6 +594,7 @@ def test_dtypes_that_differ_are_named_on_every_rank(pool):
         assert same
 
 
+@OF_NO_KERNEL
 def test_a_dtype_new_to_one_rank_is_named_on_every_rank(pool):
     results = pool(disagreeing, "new dtype")[:3]
     for rank, (error, text, seconds, same) in enumerate(results):
@@ -614,6 +620,7 @@ def left_behind(rank, what):
     return [key for key in keys if store.check([f"tribn/0/{key}"])]
 
 
+@OF_NO_KERNEL
 @pytest.mark.parametrize("what", ["same", "different"])
 def test_agreement_leaves_nothing_for_a_later_group_with_the_same_store(what, pool):
     assert pool(left_behind, what) == [[]] * 4
@@ -631,6 +638,7 @@ def missing(rank, first):
     return attempt(layer, torch.randn(4, 5))
 
 
+@OF_NO_KERNEL
 @pytest.mark.parametrize("first", [True, False])
 def test_a_missing_rank_ends_in_an_error(first, pool):
     results = pool(missing, first)
@@ -661,6 +669,7 @@ def dies(rank):
     return attempt(layer, torch.randn(4, 5))
 
 
+@OF_NO_KERNEL
 def test_a_process_that_is_killed_ends_the_others():
     pool = Pool(3, timeout=TIMEOUT)
     results = pool(dies)
@@ -725,6 +734,7 @@ def trained(rank, wrapped, size=4):
     return torch.stack(losses), buffers
 
 
+@OF_NO_KERNEL
 @pytest.mark.parametrize("wrapped", ["DDP", "FSDP2"])
 def test_training_equals_that_of_one_process(wrapped, pool):
     expected, state = trained(None, None)

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 from resnet import resnet18
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 

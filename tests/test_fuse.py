@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import ACTIVATIONS, EXACT, runs_no_kernel
+from cases import ACTIVATIONS, EXACT, of_no_kernel
 from resnet import Residual, ResNet
 from torch import nn
 from torch.nn import functional as F
 from training import assert_train_alike
 
-runs_no_kernel()
+of_no_kernel()
 
 import tribn
 from perf import networks

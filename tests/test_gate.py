@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 from torch.nn import functional as F
 
-runs_no_kernel()
+of_no_kernel()
 
 from perf.cases import DTYPES, LAYOUTS, OPS
 from perf.gate import Case, Inputs, WrongResult, check, exact, results

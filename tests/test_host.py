@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("rich")
 pytest.importorskip("triton")
 

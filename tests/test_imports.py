@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import of_no_kernel
+
+of_no_kernel()
 
 import tribn
 

@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
-from cases import F64, INTERPRET
+from cases import F64, of_no_kernel
 from torch import nn
 from torch.nn.utils import parametrize
+
+of_no_kernel()
 
 import tribn
 
@@ -33,8 +35,7 @@ OPTIONS = {
 # Memory "inplace" keeps the input where a graph is made, but else the output, and undoes its 1e-7.
 UNDONE = 1e-4
 
-# The interpreter has time for some.
-NAMES = ["average", "relu"] if INTERPRET else list(OPTIONS)
+NAMES = list(OPTIONS)
 
 
 class Net(nn.Module):

@@ -11,9 +11,9 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("hatchling")
 
 import tribn

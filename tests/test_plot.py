@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 

@@ -6,11 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 from torch import nn
 from torch.nn import functional as F
 
-runs_no_kernel()
+of_no_kernel()
 
 from perf import providers
 from perf.cases import LAYOUTS, OPS

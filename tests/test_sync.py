@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from cases import runs_no_kernel
+from cases import of_no_kernel
 
-runs_no_kernel()
+of_no_kernel()
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 from torch import nn, randn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-runs_no_kernel()
+of_no_kernel()
 
 from tribn.trace import Guard, Refused, trace, watching
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import runs_no_kernel
+from cases import of_no_kernel
 from torch import nn
 from training import assert_train_alike
 
-runs_no_kernel()
+of_no_kernel()
 
 import tribn
 
