@@ -41,7 +41,7 @@ def draw_enough(axes: Axes, estimate: dict[str, Any]) -> None:
     axes.plot(ranks, batches, "o-", color=BLUE)
     for x, y in zip(ranks, batches, strict=True):
         axes.annotate(f"{y:,}", (x, y), (7, -9), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.2)
+    axes.margins(x=0.2, y=0.1)
     axes.set(xlabel="GPUs synchronized", ylabel="images per GPU")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
