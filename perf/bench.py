@@ -33,11 +33,11 @@ from perf.providers import PROVIDERS
 from perf.report import (
     Report,
     count,
-    device_name,
     environment,
     name_of,
     parser_of,
     refuse_interpreter,
+    short_name,
     write,
 )
 
@@ -398,8 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         interrupted = True
     report["left_out"] = [labels(case) for case in pending]
     report["summary"] = summarize(report["rows"])
-    where = device_name(device) if device == "cuda" else "cpu"
-    file = f"bench-{where}-{arguments.file}" + "-interrupted" * interrupted
+    file = f"bench-{short_name(device)}-{arguments.file}" + "-interrupted" * interrupted
     path = write(report, arguments.out, file)
     show(report, console)
     console.print(str(path), soft_wrap=True)

@@ -232,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tests": TESTS,
         "rows": rows,
     }
-    path = write(report, arguments.out, f"compare-{last['environment']['device']}-{last['cases']}")
+    where = last["environment"]["device"] if last["path"] == "GPU" else "cpu"
+    path = write(report, arguments.out, f"compare-{where}-{last['cases']}")
     for shown in tables(report):
         console.print(shown)
     console.print(

@@ -39,10 +39,10 @@ from perf.report import (
     Report,
     count,
     device,
-    device_name,
     environment,
     parser_of,
     refuse_interpreter,
+    short_name,
     write,
 )
 from tribn import functional, kernels, ops
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": arguments.rounds,
         "rows": rows(samples, arguments.device),
     }
-    path = write(report, arguments.out, f"host-{device_name('cuda') if on_gpu else 'cpu'}")
+    path = write(report, arguments.out, f"host-{short_name(arguments.device)}")
     console.print(f"{report['path']}, {report['environment']['device']}")
     console.print(table(report))
     console.print(str(path), soft_wrap=True)

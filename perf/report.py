@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +38,17 @@ def environment(device: str) -> dict[str, str | None]:
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    """The GPU's, or that of a CPU: its model where Linux tells it, else its architecture."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", about.read_text()) if about.exists() else None
+    return f"{model[1] if model else platform.machine()} CPU"
+
+
+def short_name(device: str) -> str:
+    """Where something was measured, in the name of its result."""
+    return device_name(device) if device == "cuda" else "cpu"
 
 
 def write(report: Report, out: Path, name: str) -> Path:

@@ -38,11 +38,11 @@ from perf.report import (
     Report,
     count,
     device,
-    device_name,
     environment,
     name_of,
     parser_of,
     refuse_interpreter,
+    short_name,
     write,
 )
 
@@ -272,9 +272,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     refuse_interpreter(parser)
-    where = device_name("cuda") if arguments.device == "cuda" else "cpu"
     options = "net", "providers", "batch", "size"
-    arguments.file = name_of(f"step-{where}", parser, arguments, *options)
+    arguments.file = name_of(f"step-{short_name(arguments.device)}", parser, arguments, *options)
     chosen = arguments.providers or (rivals if arguments.device == "cuda" else ["tribn"])
     arguments.providers = ["eager", *(name for name in rivals if name in chosen)]
     arguments.shapes = {}

@@ -40,11 +40,11 @@ from perf.report import (
     Report,
     count,
     device,
-    device_name,
     environment,
     name_of,
     parser_of,
     refuse_interpreter,
+    short_name,
     write,
 )
 from perf.traffic import PATHS
@@ -327,8 +327,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--net", choices=NETS, default="resnet50", help="reckoned (%(default)s)")
     arguments = parser.parse_args(argv)
     refuse_interpreter(parser)
-    where = device_name("cuda") if arguments.device == "cuda" else "cpu"
-    arguments.file = name_of(f"sync-{where}", parser, arguments, "net", "batch")
+    arguments.file = name_of(
+        f"sync-{short_name(arguments.device)}", parser, arguments, "net", "batch"
+    )
     return arguments
 
 

@@ -20,7 +20,7 @@ def test_json_says_what_json_can_say(tmp_path):
 
 def test_environment_names_device_and_revision():
     taken = report.environment("cpu")
-    assert taken["device"].endswith("CPU")
+    assert taken["device"].endswith(" CPU")
     assert {"driver", "tribn", "torch", "triton", "python", "revision"} <= taken.keys()
 
 
