@@ -57,6 +57,10 @@ def train(model: nn.Module, data: Digits, rank: int, size: int) -> Tensor:
 
 
 def main() -> None:
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit(
+            "torchrun starts this: torchrun --standalone --nproc-per-node 2 -m perf.digits"
+        )
     local = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = f"cuda:{local}" if on_gpu else "cpu"

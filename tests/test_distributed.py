@@ -541,11 +541,11 @@ def test_accumulated_statistics_are_those_of_all_ranks(momentum, pool):
 # What goes wrong
 
 
-def attempt(layer, x):
+def attempt(layer, x, call=torch.nn.Module.__call__):
     """What is raised, after how many seconds, and whether the layer's statistics stayed."""
     before, start = [b.clone() for b in layer.buffers()], time.monotonic()
     try:
-        layer(x)
+        call(layer, x)
     except (ValueError, RuntimeError) as error:
         seconds = time.monotonic() - start
         same = all(map(torch.equal, before, layer.buffers()))
@@ -616,7 +616,7 @@ def left_behind(rank, what):
     dist.barrier(group)
     store = distributed._store(group)
     counts = [f"kind/{kind(F32, channels)}" for channels in (5, 6)]
-    keys = ["come", "left", "same", *counts, *(f"rank/{r}" for r in range(3))]
+    keys = ["come", "left", "outcome", *counts, *(f"rank/{r}" for r in range(3))]
     return [key for key in keys if store.check([f"tribn/0/{key}"])]
 
 
@@ -649,6 +649,60 @@ def test_a_missing_rank_ends_in_an_error(first, pool):
         assert same
 
 
+def accumulate(layer, batches):
+    with tribn.accumulate_stats(layer):
+        for x in batches:
+            layer(x)
+
+
+def done_early(rank, call):
+    """Rank 1 has a batch less than the others."""
+    group = group_of([0, 1, 2], TIMEOUT)
+    if group is None:
+        return None
+    layer = tribn.SyncBatchNorm(5, process_group=group)
+    layer(torch.randn(4, 5))
+    return attempt(layer, [torch.randn(4, 5)] * (2 if rank == 1 else 3), call)
+
+
+@OF_NO_KERNEL
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (tribn.update_stats, "with its last batch done"),
+        (accumulate, "on rank 0, 2; 5 channels of torch.float32 accumulated on rank 1"),
+    ],
+)
+def test_a_rank_with_a_batch_less_moves_nothing_on_any(call, said, pool):
+    results = pool(done_early, call)[:3]
+    assert said in results[1][1]
+    for _, _, seconds, same in results:
+        assert seconds < BOUND
+        assert same
+
+
+def recovering(rank):
+    """Rank 1 misses a first call; then all call with another number of channels."""
+    group = group_of([0, 1, 2], TIMEOUT)
+    if rank in (0, 2):
+        error, *_ = attempt(tribn.SyncBatchNorm(5, process_group=group), torch.randn(4, 5))
+        assert error is RuntimeError
+    dist.barrier()
+    if group is None:
+        return None
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
+    layer = tribn.SyncBatchNorm(6, process_group=group)
+    layer(x)
+    return layer.running_mean
+
+
+@OF_NO_KERNEL
+def test_a_turn_that_was_given_up_is_not_waited_for_again(pool):
+    first, *others = pool(recovering)[:3]
+    assert first.any()
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_a_group_of_others_is_refused(pool):
     pool(outside)
 
@@ -676,7 +730,7 @@ def test_a_process_that_is_killed_ends_the_others():
     assert results[1] is None
     for error, text, seconds, same in (results[0], results[2]):
         assert error is RuntimeError
-        assert "another rank has died" in text
+        assert "another has died" in text
         assert seconds < BOUND
         assert same
     pool.close()

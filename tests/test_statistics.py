@@ -286,3 +286,58 @@ def test_checkpointed_layers_are_accumulated_once():
             checkpoint(layer, part, use_reentrant=False).sum().backward()
     whole(x)
     torch.testing.assert_close(layer.running_var, whole.running_var)
+
+
+class Given(nn.Module):
+    """A layer that normalizes what the activation of the call gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = tribn.BatchNorm2d(3, order="act_norm")
+
+    def forward(self, x):
+        return self.bn(x, activation="relu")
+
+
+def test_the_activation_of_a_call_is_respected():
+    data = batches()
+    model, once = Given(), Given()
+    tribn.update_stats(model, data)
+    assert_statistics(model.bn, [x.relu() for x in data])
+    model = Given()
+    with tribn.accumulate_stats(model):
+        for x in data:
+            model(x)
+    once(torch.cat(data))
+    torch.testing.assert_close(model.state_dict(), once.state_dict())
+
+
+def test_calls_of_several_dtypes_are_accumulated():
+    x = batches()[0]
+    layer, once = tribn.BatchNorm2d(3), tribn.BatchNorm2d(3)
+    with tribn.accumulate_stats(layer):
+        layer(x)
+        layer(x.bfloat16())
+    once(torch.cat((x, x.bfloat16())))
+    torch.testing.assert_close(layer.state_dict(), once.state_dict())
+
+
+def test_a_layer_frozen_meanwhile_stays():
+    x = batches()[0]
+    for before in (False, True):
+        layer = tribn.BatchNorm2d(3)
+        with tribn.accumulate_stats(layer):
+            if before:
+                layer(x)
+            tribn.freeze(layer)
+            layer(x)
+        assert layer.num_batches_tracked == 0
+        assert not layer.running_mean.any()
+
+
+def test_what_is_no_module_is_said():
+    message = r"model is a int: it must be a torch\.nn\.Module"
+    with pytest.raises(TypeError, match=message):
+        tribn.update_stats(3, [])
+    with pytest.raises(TypeError, match=message), tribn.accumulate_stats(3):
+        pass

@@ -17,7 +17,7 @@ from torch import nn
 
 from tribn.activation import of_module
 from tribn.distributed import check_group
-from tribn.functional import check_bool
+from tribn.functional import check_bool, check_model
 from tribn.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -129,7 +129,7 @@ def convert(
     """
     from tribn.fuse import Fusion, unfuse  # takes half as long to import as all the rest
 
-    _check_model(model)
+    check_model(model)
     check_bool("fuse", fuse)
     check_bool("report", report)
     unfuse(model)
@@ -168,7 +168,7 @@ def revert(model: Model) -> Model:
     """
     from tribn.fuse import unfuse
 
-    _check_model(model)
+    check_model(model)
     for name, layer in model.named_modules():
         if isinstance(layer, Layer):
             _check_revert(name or "itself", layer)
@@ -202,7 +202,7 @@ def freeze(model: Model) -> Model:
             lazy ones; the model is unchanged.
         TypeError: `model` is not a module.
     """
-    _check_model(model)
+    check_model(model)
     for name, layer in model.named_modules():
         if type(layer) in _UNKNOWN:
             raise ValueError(
@@ -233,7 +233,7 @@ def unfreeze(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a module.
     """
-    _check_model(model)
+    check_model(model)
     for layer in _layers(model):
         layer.frozen = False
     return model
@@ -256,7 +256,7 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
         ValueError: a layer is lazy and has seen no input; the model is unchanged.
         TypeError: `model` is not a module, or `process_group` is no process group.
     """
-    _check_model(model)
+    check_model(model)
     check_group(process_group)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._LazyNormBase):
@@ -276,11 +276,6 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
 
 def _layers(model: nn.Module) -> Iterator[Layer]:
     return (layer for layer in model.modules() if isinstance(layer, Layer))
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

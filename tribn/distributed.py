@@ -259,7 +259,7 @@ def gather(row: Tensor, ranks: Ranks) -> Tensor:
         group = _resolve(ranks.group)
         raise RuntimeError(
             f"a collective of synchronized batch norm failed on rank {group.rank()} of "
-            f"{ranks.size}: another rank has died, or did not come within "
+            f"{ranks.size} in the process group: another has died, or did not come within "
             f"{_timeout(group, row.device)}{_new(group)}. All ranks must call the same layers in "
             "the same order, backward too. Running statistics move only when forward's collective "
             "has succeeded"
@@ -277,13 +277,15 @@ def _gathered(row: Tensor, ranks: Ranks) -> Tensor:
 # length aborts the process, or gives wrong numbers. Whoever comes with a kind that is new to it
 # waits until all ranks of the group have said which they come with.
 
+GIVEN_UP = b"given up"  # of a turn: not all ranks have come in time
+
 
 @dataclass
 class _Met:
     """What a process group's ranks are known to have in common."""
 
     kinds: set[int] = field(default_factory=set)
-    turns: int = 0  # in which all ranks have said what they come with
+    turns: int = 0  # in which this rank has said what it comes with, or which it has missed
 
 
 _groups: WeakKeyDictionary[Any, _Met] = WeakKeyDictionary()
@@ -302,37 +304,66 @@ def agree(row: Tensor, group: str, kind: int) -> None:
         ValueError: another rank has come with another kind.
         RuntimeError: not all ranks have come within the group's timeout.
     """
+    met = _met(_resolve(group))
+    if kind not in met.kinds:
+        meet(row, group, kind)
+        met.kinds.add(kind)
+
+
+def meet(row: Tensor, group: str, kind: int) -> None:
+    """Waits for all ranks of a group to come with the same, and raises what `agree` does."""
     found = _resolve(group)
-    met = _met(found)
-    if kind in met.kinds:
-        return
-    store, timeout = _store(found), _timeout(found, row.device)
-    turn = f"tribn/{met.turns}"
-    met.turns += 1
-    store.set(f"{turn}/rank/{found.rank()}", str(kind))
-    store.add(f"{turn}/kind/{kind}", 1)
-    if store.add(f"{turn}/come", 1) == found.size():  # the last one, when all have added theirs
-        same = store.add(f"{turn}/kind/{kind}", 0) == found.size()
-        store.set(f"{turn}/same", str(same))
     try:
-        store.wait([f"{turn}/same"], timeout)
-    except RuntimeError as error:
-        come = _come(found, turn)
-        missing = [rank for rank in range(found.size()) if rank not in come]
+        turn = _turn(found, kind, _timeout(found, row.device))
+    except torch.distributed.DistNetworkError as error:
         raise RuntimeError(
-            f"rank {found.rank()} waited {timeout} in a synchronized batch norm of "
-            f"{describe(kind)} for rank {', '.join(map(str, missing))}: all ranks of the process "
-            "group must call the same layers in the same order"
+            f"rank {found.rank()} of the process group has lost the store in which ranks meet: the "
+            "process that keeps it, rank 0 as a rule, has ended"
         ) from error
-    same, come = store.get(f"{turn}/same") == b"True", _come(found, turn)
+    store, come = _store(found), _come(found, turn)
+    same = store.get(f"{turn}/outcome") == b"True"
     if store.add(f"{turn}/left", 1) == found.size():  # another group may be given this store
-        for key in ("come", "left", "same", *(f"kind/{k}" for k in {*come.values()})):
+        for key in ("come", "left", "outcome", *(f"kind/{k}" for k in {*come.values()})):
             store.delete_key(f"{turn}/{key}")
         for rank in come:
             store.delete_key(f"{turn}/rank/{rank}")
     if not same:
         check_same(list(come.values()))
-    met.kinds.add(kind)
+
+
+def _turn(group: Any, kind: int, timeout: timedelta) -> str:
+    """The turn in which all ranks have said what they come with.
+
+    Who waits in vain gives a turn up, for all: whoever comes later takes the next one.
+    """
+    store, met = _store(group), _met(group)
+    while True:
+        turn = f"tribn/{met.turns}"
+        met.turns += 1
+        if store.check([f"{turn}/outcome"]):
+            continue
+        store.set(f"{turn}/rank/{group.rank()}", str(kind))
+        store.add(f"{turn}/kind/{kind}", 1)
+        if store.add(f"{turn}/come", 1) == group.size():  # the last, when all have added theirs
+            same = store.add(f"{turn}/kind/{kind}", 0) == group.size()
+            if store.compare_set(f"{turn}/outcome", "", str(same)) == GIVEN_UP:
+                continue
+            return turn
+        try:
+            store.wait([f"{turn}/outcome"], timeout)
+        except torch.distributed.DistNetworkError:
+            raise
+        except RuntimeError:  # in time; a FileStore's is of no narrower class
+            store.compare_set(f"{turn}/outcome", "", GIVEN_UP.decode())
+        if store.get(f"{turn}/outcome") != GIVEN_UP:
+            return turn
+        come = _come(group, turn)
+        missing = [str(rank) for rank in range(group.size()) if rank not in come]
+        raise RuntimeError(
+            f"rank {group.rank()} of the process group waited {timeout} with {describe(kind)} in a "
+            f"synchronized batch norm for rank {', '.join(missing)}: all ranks of the group must "
+            "call the same layers in the same order"
+        )
 
 
 def _come(group: Any, turn: str) -> dict[int, int]:

@@ -331,6 +331,11 @@ def check_eps(eps: float) -> None:
         )
 
 
+def check_model(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
+
+
 def check_tensor(name: str, value: object) -> None:
     """That something is a tensor whose elements lie in memory by strides."""
     if not isinstance(value, Tensor):

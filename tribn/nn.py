@@ -401,6 +401,8 @@ class SyncBatchNorm(_BatchNorm):
     if one has failed or does not come within the group's timeout; that layer's running statistics
     have not moved then.
 
+    A DTensor's batch is that over the mesh dimension it is sharded along, whatever the group.
+
     It is no subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on CPUs.
     """
 

@@ -436,9 +436,14 @@ def kind(dtype: torch.dtype, channels: int) -> int:
     return channels * len(DTYPES) + DTYPES.index(dtype)
 
 
+DONE = -(2**40)  # the kind of a rank that has no more batches
+
+
 def describe(kind: int) -> str:
-    channels, dtype = divmod(kind, len(DTYPES))
-    return f"{channels} channels of {DTYPES[dtype]}"
+    if kind == DONE:
+        return "its last batch done"
+    channels, dtype = divmod(abs(kind), len(DTYPES))
+    return f"{channels} channels of {DTYPES[dtype]}{' accumulated' if kind < 0 else ''}"
 
 
 def check_same(kinds: list[int]) -> None:
@@ -450,8 +455,8 @@ def check_same(kinds: list[int]) -> None:
         ranks[kind].append(str(rank))
     found = "; ".join(f"{describe(kind)} on rank {', '.join(of)}" for kind, of in ranks.items())
     raise ValueError(
-        f"the ranks of a synchronized batch norm differ: {found}. All must call the same layers in "
-        "the same order, with inputs of one dtype"
+        f"the ranks of a synchronized batch norm's process group differ: {found}. All must call "
+        "the same layers in the same order, with inputs of one dtype"
     )
 
 

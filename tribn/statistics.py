@@ -1,7 +1,7 @@
 """Running statistics of a whole data set, and of a step in several parts."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import length_hint
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tribn import ops
-from tribn.distributed import gather, is_dtensor
-from tribn.functional import batch_stats, computing_again, mask_of, merge_stats
+from tribn.activation import Activation, parse
+from tribn.distributed import gather, is_dtensor, meet
+from tribn.functional import batch_stats, check_model, computing_again, mask_of, merge_stats
 from tribn.nn import Layer, ranks_of
-from tribn.reference import accumulator
+from tribn.reference import DONE, accumulator
 from tribn.vmap import levels
 
 WIDTH = 30  # of the progress bar
@@ -48,16 +49,15 @@ def update_stats(
         progress: show a bar of how far it has come, if the standard error is a terminal.
 
     Raises:
-        ValueError: the loader is empty, or there is no layer to set.
+        ValueError: the loader is empty, or there is no layer to set; or a rank of a `SyncBatchNorm`
+            has no more batches while another has.
+        RuntimeError: so it may be told on other ranks, after the group's timeout.
+        TypeError: `model` is no module, or a layer was given a DTensor.
 
     If it fails, or is interrupted, the running statistics are those from before. Compiled models
     run uncompiled; torch.nn's layers move as in training.
     """
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, Layer) and layer.running_mean is not None and not layer.frozen
-    ]
+    layers = _layers(model)
     if not layers:
         raise ValueError(
             f"model is a {type(model).__name__} without a tribn layer that has running statistics "
@@ -79,7 +79,7 @@ def update_stats(
         assert isinstance(layer, Layer)
         x = args[0] if args else kwargs["input"]
         mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-        x = layer.activation(x) if layer.order == "act_norm" else x
+        x = _activation(layer, kwargs)(x) if layer.order == "act_norm" else x
         new = mean, var, count = batch_stats(
             x.double(), channel_axis=layer.channel_axis, mask=mask, lengths=lengths
         )
@@ -106,6 +106,7 @@ def update_stats(
             batches += 1
         if not batches:
             raise ValueError("loader is empty: it must give at least one batch")
+        found = {layer: _of_all_ranks(layer, *of) for layer, of in _in_step(moments, layers)}
     except BaseException:
         for norm in norms:
             restore(norm)
@@ -116,16 +117,27 @@ def update_stats(
         for module, mode in modes.items():
             module.training = mode
     for layer in layers:
-        if layer not in moments:
+        if layer not in found:
             restore(layer)
             continue
-        mean, var, count = _of_all_ranks(layer, *moments[layer])
+        mean, var, count = found[layer]
         assert layer.running_mean is not None
         assert layer.running_var is not None
         counted = count.double()
         unbiased = var * counted / (counted - layer.correction).clamp(min=1)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(unbiased)
+
+
+def _in_step(
+    moments: dict[Layer, Moments], layers: Sequence[Layer]
+) -> Iterator[tuple[Layer, Moments]]:
+    """What layers have seen, in an order that all ranks have, once none of them has more."""
+    groups = {ranks.group: layer for layer in layers if (ranks := ranks_of(layer)) is not None}
+    for group, layer in groups.items():
+        assert layer.running_mean is not None
+        meet(layer.running_mean, group, DONE)
+    yield from ((layer, moments[layer]) for layer in layers if layer in moments)
 
 
 def _of_all_ranks(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> Moments:
@@ -162,22 +174,16 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         model: any module; frozen layers and those without running statistics stay as they are.
 
     Raises:
-        TypeError: a layer was given a DTensor, or torch.func.vmap calls it.
+        TypeError: `model` is no module; a layer was given a DTensor, or torch.func.vmap calls it.
+        ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls; nothing moves.
     """
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, Layer)
-        and layer.running_mean is not None
-        and layer.track_running_stats
-        and not layer.frozen
-    ]
+    layers = [layer for layer in _layers(model) if layer.track_running_stats]
     rows: dict[Layer, list[Tensor]] = {}
 
     @torch.no_grad()
     def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         assert isinstance(layer, Layer)
-        if not layer.training or computing_again():
+        if not layer.training or layer.frozen or computing_again():
             return
         x, mask = args[0] if args else kwargs["input"], kwargs.get("mask")
         if is_dtensor(x):
@@ -190,8 +196,8 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         axis = layer.channel_axis % x.dim()
         if (lengths := kwargs.get("lengths")) is not None:
             mask = mask_of(lengths, x, axis)
-        act_first = layer.order == "act_norm"
-        row = ops.sync_stats(x, mask, accumulator(x.dtype), axis, *layer.activation, act_first)
+        activation, act_first = _activation(layer, kwargs), layer.order == "act_norm"
+        row = ops.sync_stats(x, mask, accumulator(x.dtype), axis, *activation, act_first)
         rows.setdefault(layer, []).append(row)
 
     hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers]
@@ -205,23 +211,45 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
             hook.remove()
             layer.track_running_stats = True
     with torch.no_grad():
-        for layer in layers:
-            if layer in rows:
-                _track(layer, torch.stack(rows[layer]))
+        used = [layer for layer in layers if layer in rows and not layer.frozen]
+        found = {layer: _rows_of_all_ranks(layer, torch.stack(rows[layer])) for layer in used}
+        for layer in used:
+            ops.sync_combine(
+                *(found[layer], layer.running_mean, layer.running_var, layer.num_batches_tracked),
+                *(layer.momentum, layer.correction, layer.nonfinite == "skip", torch.float64),
+            )
 
 
-def _track(layer: Layer, rows: Tensor) -> None:
-    """Moves a layer's running statistics towards those of all ranks' rows."""
-    if (ranks := ranks_of(layer)) is not None:
-        mean, var, count = ops.sync_combine(
+def _rows_of_all_ranks(layer: Layer, rows: Tensor) -> Tensor:
+    """The rows of a layer's calls, or one of each rank; all ranks have the same, or it raises."""
+    rows[:, 0] = rows[0, 0]  # calls may differ in dtype
+    if (ranks := ranks_of(layer)) is None:
+        return rows
+
+    def combine(rows: Tensor) -> Moments:
+        return ops.sync_combine(  # type: ignore[no-any-return]
             *(rows, None, None, None, 0.0, layer.correction, False, torch.float64)
         )
-        row = torch.cat((rows[0, :1], count.double().view(1), mean, var * count))
-        rows = gather(row, ranks)
-    ops.sync_combine(
-        *(rows, layer.running_mean, layer.running_var, layer.num_batches_tracked),
-        *(layer.momentum, layer.correction, layer.nonfinite == "skip", torch.float64),
-    )
+
+    mean, var, count = combine(rows)
+    # of another kind than forward's, which is as long
+    row = torch.cat((-rows[0, :1], count.double().view(1), mean, var * count))
+    rows = gather(row, ranks)
+    combine(rows)
+    return rows
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    """Those with running statistics that are not frozen."""
+    check_model(model)
+    of = (layer for layer in model.modules() if isinstance(layer, Layer))
+    return [layer for layer in of if layer.running_mean is not None and not layer.frozen]
+
+
+def _activation(layer: Layer, kwargs: dict[str, Any]) -> Activation:
+    """That of a call."""
+    given = kwargs.get("activation")
+    return layer.activation if given is None else parse(given)
 
 
 def _shown(loader: Iterable[Any]) -> Iterator[Any]:
