@@ -39,8 +39,9 @@ def update_stats(
     counting the same however large its batch, in every use of a layer that is used more than once,
     and masks respected; `torch.optim.swa_utils.update_bn` averages over batches instead.
     `num_batches_tracked` becomes the number of uses. The values of all ranks of a `SyncBatchNorm`
-    count, where each rank gives its share of the data. Frozen layers and those without running
-    statistics stay as they are, and so does the mode of every module.
+    count, where each rank gives its share of the data, all in as many batches, which may be empty.
+    Frozen layers and those without running statistics stay as they are, and so does the mode of
+    every module.
 
     Args:
         model: is called with each batch.
@@ -49,9 +50,9 @@ def update_stats(
         progress: show a bar of how far it has come, if the standard error is a terminal.
 
     Raises:
-        ValueError: the loader is empty, or there is no layer to set; or a rank of a `SyncBatchNorm`
-            has no more batches while another has.
-        RuntimeError: so it may be told on other ranks, after the group's timeout.
+        ValueError: the loader is empty, or there is no layer to set.
+        ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls, or in how many
+            batches they have.
         TypeError: `model` is no module, or a layer was given a DTensor.
 
     If it fails, or is interrupted, the running statistics are those from before. Compiled models
