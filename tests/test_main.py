@@ -225,9 +225,9 @@ def test_no_device(machine):
         ),
         (
             ImportError("cannot import name 'knobs'"),
-            "3.3.1+git",
-            "Triton 3.3.1+git",
-            "Triton 3.3.1+git is older than 3.4: pip install --upgrade triton",
+            "3.5.1+git",
+            "Triton 3.5.1+git",
+            "Triton 3.5.1+git is older than 3.6: pip install --upgrade triton",
         ),
         (
             ImportError("libtriton.so: undefined symbol"),

@@ -26,7 +26,7 @@ whether it gives the same bits again. Takes seconds; the first time on a GPU, ke
 """
 EXIT = "Exits with 0 if everything is right, 1 if something is not, 2 for bad arguments."
 
-OLDEST_TRITON = (3, 4)
+OLDEST_TRITON = (3, 6)
 MOMENTUM, EPS = 0.3, 1e-5
 ALLOWED = 8 * torch.finfo(torch.float32).eps  # of arithmetic in float32
 

@@ -18,7 +18,7 @@ from tribn.reference import accumulator
 
 def exporting() -> bool:
     """Whether a graph is being made for use elsewhere."""
-    # is_exporting() itself is true under torch.compile too, with PyTorch 2.11 and before.
+    # is_exporting() itself is true under torch.compile too, with PyTorch 2.11.
     flag: bool = torch.compiler._is_exporting_flag
     return flag or torch._C._get_tracing_state() is not None
 
