@@ -101,7 +101,7 @@ def test_margin_is_checked(sms, error, text):
 
 def test_margin_leaves_multiprocessors(device, kernels):
     if not kernels:
-        pytest.skip("plans are made for kernels")
+        pytest.skip("plans are made for kernels, which run in the interpreter or on a GPU")
     from tribn.kernels import host
 
     x = torch.randn(4, 3, 5, device=device)

@@ -218,7 +218,7 @@ def sets_a_closure():
     return forward
 
 
-def has_a_default(self, x, seen=[]):  # noqa: B006
+def has_a_default(self, x, seen=[]):  # noqa: B006  such a default is why it is refused
     seen.append(1)
     return self.bn(x)
 
