@@ -150,15 +150,19 @@ def test_synchronized_layers_keep_all_they_hold_and_do():
 
 
 def test_synchronized_layers_are_reverted_to_what_they_were():
-    of_tribn = tribn.SyncBatchNorm(3)
-    model = nn.Sequential(nn.BatchNorm1d(3), tribn.BatchNorm2d(3), nn.SyncBatchNorm(3), of_tribn)
-    layers, keys = list(model), [vars(layer).keys() for layer in model][:1]
-    tribn.revert(tribn.convert_sync_batchnorm(tribn.convert(model)))
+    group = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    theirs, ours = nn.SyncBatchNorm(3, process_group=group), tribn.SyncBatchNorm(3)
+    model = nn.Sequential(nn.BatchNorm1d(3), tribn.BatchNorm2d(3), theirs, ours)
+    layers, keys = list(model), [set(vars(layer)) for layer in model]
+    tribn.convert(model)
+    for given in (None, group, None):
+        tribn.convert_sync_batchnorm(model, given)
+    tribn.revert(model)
     classes = [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.SyncBatchNorm]
     assert [type(layer) for layer in model] == classes
     assert all(a is b for a, b in zip(layers, model, strict=True))
-    assert ["process_group" in vars(layer) for layer in model] == [False, False, True, True]
-    assert keys[0] == vars(model[0]).keys()
+    assert [set(vars(model[i])) for i in (0, 2)] == [keys[0], keys[2]]
+    assert (theirs.process_group, ours.process_group) == (group, None)
 
 
 def test_what_was_fused_stays_fused_when_it_is_synchronized():

@@ -7,7 +7,7 @@ import inspect
 import os
 import random
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
@@ -34,6 +34,7 @@ from cases import (
     ulp,
 )
 from ranks import Pool, group_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
@@ -292,7 +293,8 @@ def test_alone_it_is_batch_norm():
 
 def copied(rank):
     """A copy is of the same process group, and has its own statistics."""
-    layer = tribn.SyncBatchNorm(3, process_group=groups[4])
+    layer = tribn.SyncBatchNorm(3, process_group=groups[3])
+    tribn.convert_sync_batchnorm(layer, groups[4])
     twice = torch.nn.ModuleList([layer, layer])
     first, second = copy.deepcopy(twice)
     assert first is second is not layer
@@ -333,30 +335,39 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def bytes_of(rank, C, dtype, gradient, mode):
-    layer = tribn.SyncBatchNorm(C, activation="relu", dtype=F32)
-    x = torch.randn(3, C, 8).to(dtype).requires_grad_(gradient)
-    if mode == "eval":
-        layer.eval()
-    if mode == "frozen":
-        tribn.freeze(layer)
-    with Collectives() as forward:
-        y = layer(x, residual=x.detach(), mask=torch.ones(3, 8, dtype=torch.bool))
-    with Collectives() as backward:
-        y.backward(torch.ones_like(y))
+def bytes_of(rank, C, dtype, gradient, mode, fake):
+    """What a rank of a new group gives to the collectives of each direction."""
+    group = group_of(range(4))
+    with FakeTensorMode() if fake else nullcontext():
+        layer = tribn.SyncBatchNorm(C, process_group=group, activation="relu", dtype=F32)
+        x = torch.randn(3, C, 8).to(dtype).requires_grad_(gradient)
+        if mode == "eval":
+            layer.eval()
+        if mode == "frozen":
+            tribn.freeze(layer)
+        with Collectives() as forward:
+            y = layer(x, residual=x.detach(), mask=torch.ones(3, 8, dtype=torch.bool))
+        with Collectives() as backward:
+            y.backward(torch.ones_like(y))
     return forward.bytes, backward.bytes
 
 
+@pytest.mark.parametrize("fake", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
-def test_one_collective_in_each_direction(dtype, pool):
-    """Of as many bytes as the documentation says, whatever goes along with it."""
+def test_one_collective_in_each_direction(dtype, fake, pool):
+    """Of as many bytes as the documentation says, whatever goes along with it.
+
+    Fake tensors have no values to compare, and are given as those on a GPU are.
+    """
     C = 24
-    expected = [16 * C + 16], [16 * C]
-    assert pool(bytes_of, C, dtype, True, "train") == [expected] * 4
+    forward, backward = 16 * C + 16, 16 * C
+    if not fake:
+        forward = backward = forward + 8
+    assert pool(bytes_of, C, dtype, True, "train", fake) == [([forward], [backward])] * 4
     # Parameters alone need nothing from others.
-    assert pool(bytes_of, C, dtype, False, "train") == [(expected[0], [])] * 4
+    assert pool(bytes_of, C, dtype, False, "train", fake) == [([forward], [])] * 4
     for mode in ("eval", "frozen"):
-        assert pool(bytes_of, C, dtype, True, mode) == [([], [])] * 4
+        assert pool(bytes_of, C, dtype, True, mode, fake) == [([], [])] * 4
 
 
 def late(rank, seed):
@@ -559,25 +570,26 @@ BOUND = TIMEOUT + 3
 
 
 def disagreeing(rank, what):
+    """Rank 1 calls otherwise than the others: with what is new to all ranks, or known to all."""
     group = group_of([0, 1, 2], TIMEOUT)
     if group is None:
         return None
-    C, dtype = 5, F32
-    layer = tribn.SyncBatchNorm(C, process_group=group)
-    if what != "channels":  # not the first time
-        layer(torch.randn(4, C))
+    first, other = (tribn.SyncBatchNorm(C, process_group=group) for C in (5, 6))
+    x = torch.randn(4, 5)
+    if what != "channels":
+        first(x)
+    if what == "known channels":
+        other(torch.randn(4, 6))
     if what == "known dtype":
-        layer(torch.randn(4, C, dtype=BF16))
-    if rank == 1 and what == "channels":
-        C = 6
-        layer = tribn.SyncBatchNorm(C, process_group=group)
-    elif rank == 1:
-        dtype = BF16
-    return attempt(layer, torch.randn(4, C, dtype=dtype))
+        first(x.bfloat16())
+    layer = other if rank == 1 and "channels" in what else first
+    dtype = BF16 if rank == 1 and "dtype" in what else F32
+    return attempt(layer, torch.randn(4, layer.num_features, dtype=dtype))
 
 
-def test_channels_that_differ_are_named_on_every_rank(pool):
-    for error, text, _, same in pool(disagreeing, "channels")[:3]:
+@pytest.mark.parametrize("what", ["channels", "known channels"])
+def test_channels_that_differ_are_named_on_every_rank(what, pool):
+    for error, text, _, same in pool(disagreeing, what)[:3]:
         assert error is ValueError
         assert (
             "5 channels of torch.float32 on rank 0, 2; 6 channels of torch.float32 on rank 1"
@@ -586,12 +598,40 @@ def test_channels_that_differ_are_named_on_every_rank(pool):
         assert same
 
 
-@pytest.mark.skipif(INTERPRET, reason="kernels cannot raise: they make the statistics NaN")
 def test_dtypes_that_differ_are_named_on_every_rank(pool):
     for error, text, _, same in pool(disagreeing, "known dtype")[:3]:
         assert error is ValueError
         assert "on rank 0, 2; 5 channels of torch.bfloat16 on rank 1" in text
         assert same
+
+
+def out_of_step(rank):
+    """Rank 1 goes backward where the others go forward, then all go on together."""
+    group = group_of([0, 1, 2], TIMEOUT)
+    if group is None:
+        return None
+    torch.manual_seed(rank)
+    x = torch.randn(4, 5, requires_grad=True)
+    layer = tribn.SyncBatchNorm(5, process_group=group)
+    layer(x).sum().backward()
+    loss = layer(x).sum()
+    if rank == 1:
+        found = attempt(layer, loss, lambda _, loss: loss.backward())
+    else:
+        found = attempt(layer, x)
+    layer(x)
+    return *found, layer.running_mean
+
+
+def test_directions_that_differ_are_named_on_every_rank(pool):
+    means = []
+    for error, text, _, same, mean in pool(out_of_step)[:3]:
+        assert error is ValueError
+        assert "float32 on rank 0, 2; 5 channels of torch.float32 in backward on rank 1" in text
+        assert same
+        means.append(mean)
+    assert means[0].any()
+    assert torch.equal(means[0], means[1])
 
 
 @OF_NO_KERNEL
@@ -661,7 +701,7 @@ def done_early(rank, call):
     if group is None:
         return None
     layer = tribn.SyncBatchNorm(5, process_group=group)
-    layer(torch.randn(4, 5))
+    accumulate(layer, [torch.randn(4, 5)])
     return attempt(layer, [torch.randn(4, 5)] * (2 if rank == 1 else 3), call)
 
 
@@ -670,7 +710,7 @@ def done_early(rank, call):
     ("call", "said"),
     [
         (tribn.update_stats, "with its last batch done"),
-        (accumulate, "on rank 0, 2; 5 channels of torch.float32 accumulated on rank 1"),
+        (accumulate, "on rank 0, 2; 5 channels of torch.float64 in accumulated batches on rank 1"),
     ],
 )
 def test_a_rank_with_a_batch_less_moves_nothing_on_any(call, said, pool):

@@ -98,8 +98,8 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
     rows = {(row["provider"], row["direction"]): row for row in report["rows"]}
     bytes_given = {key: row["bytes"] for key, row in rows.items()}
     assert bytes_given == {
-        ("tribn", "forward"): 16 * 3 + 16,
-        ("tribn", "backward"): 16 * 3,
+        ("tribn", "forward"): 8 + 16 * 3 + 16,
+        ("tribn", "backward"): 8 + 16 * 3 + 16,
         ("torch's stages", "forward"): 4 * (2 * 3 + 1),
         ("torch's stages", "backward"): 4 * 2 * 3,
     }

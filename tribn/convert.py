@@ -179,8 +179,10 @@ def revert(model: Model) -> Model:
             vars(layer).pop(setting, None)
         if added:
             del layer._buffers["num_batches_tracked"]
-        if cls is not nn.SyncBatchNorm:
-            vars(layer).pop("process_group", None)
+        group = vars(layer).pop("process_group", None)
+        group = vars(layer).pop("_tribn_group", group)
+        if cls is nn.SyncBatchNorm:
+            layer.process_group = group
         layer.__class__ = cls  # type: ignore[assignment]
     return model
 
@@ -269,6 +271,8 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
             _own(layer)
         if isinstance(layer, Layer) and type(layer) in _OWN.values():
             vars(layer).setdefault("_tribn_origin", _origin(layer))
+            if isinstance(layer, SyncBatchNorm):
+                vars(layer).setdefault("_tribn_group", layer.process_group)
             layer.__class__ = SyncBatchNorm
             layer.process_group = process_group
     return model

@@ -96,10 +96,9 @@ def _train(
         x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     )
     row = ops.run(ops.sync_stats, plain, x, mask, dtype, axis, *activation)
-    check = torch.ops.tribn.agree if torch.compiler.is_compiling() else agree
-    check(row, ranks.group, kind(x.dtype, x.shape[axis]))
+    rows = gather(row, ranks, kind(x.dtype, x.shape[axis]))
     mean, var, count = ops.run(
-        *(ops.sync_combine, plain, gather(row, ranks)),
+        *(ops.sync_combine, plain, rows),
         *(running_mean, running_var, num_batches_tracked),
         *(momentum, correction, skip_nonfinite, dtype),
     )
@@ -135,7 +134,7 @@ def _backward(
     )
     dx = None
     if wanted[0]:
-        sums = gather(sums, ranks).sum(0)
+        sums = gather(sums, ranks, kind(dy.dtype, len(mean), "backward")).sum(0)
         dx = ops.run(ops.sync_backward_dx, plain, *tensors, count, sums, *options, dtype)
     return dx, *grads
 
@@ -233,7 +232,8 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(t: Tensor, ranks: Ranks) -> Tensor:
-        return gather(t.double(), ranks).sum(0).to(t.dtype)
+        rows = gather(t.double(), ranks, kind(t.dtype, len(t), "the gradient of backward"))
+        return rows.sum(0).to(t.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,14 +249,25 @@ def all_sum(t: Tensor, ranks: Ranks | None) -> Tensor:
     return t if ranks is None else _Sum.apply(t, ranks)
 
 
-def gather(row: Tensor, ranks: Ranks) -> Tensor:
-    """All ranks' rows, [ranks, len(row)]."""
+def gather(row: Tensor, ranks: Ranks, kind: int) -> Tensor:
+    """All ranks' rows, [ranks, len(row)], of which each is of the same kind.
+
+    Raises:
+        ValueError, RuntimeError: see `agree`; another rank's row is of another kind that the ranks
+            have had in common, which only shows on CPUs; the collective has failed.
+    """
     if torch.compiler.is_compiling():
+        torch.ops.tribn.agree(row, ranks.group, kind)
         return _gathered(row, ranks)
+    agree(row, ranks.group, kind)
+    group, length = _resolve(ranks.group), len(row)
+    framed = row.is_cpu and type(row) is Tensor  # not a fake
+    if framed:  # where the host can look: with its kind in front, as long as any may be
+        row = torch.cat((row.new_tensor([kind]), row))
+        row = torch.nn.functional.pad(row, (0, _met(group).longest - length))
     try:
-        return _gathered(row, ranks)
+        rows = _gathered(row, ranks)
     except RuntimeError as error:
-        group = _resolve(ranks.group)
         raise RuntimeError(
             f"a collective of synchronized batch norm failed on rank {group.rank()} of "
             f"{ranks.size} in the process group: another has died, or did not come within "
@@ -264,6 +275,10 @@ def gather(row: Tensor, ranks: Ranks) -> Tensor:
             "the same order, backward too. Running statistics move only when forward's collective "
             "has succeeded"
         ) from error
+    if framed:
+        check_same(rows[:, 0].long().tolist())
+        rows = rows[:, 1 : 1 + length]
+    return rows
 
 
 def _gathered(row: Tensor, ranks: Ranks) -> Tensor:
@@ -275,7 +290,8 @@ def _gathered(row: Tensor, ranks: Ranks) -> Tensor:
 
 # Rows of different lengths must never meet in a collective: one that is told to expect another
 # length aborts the process, or gives wrong numbers. Whoever comes with a kind that is new to it
-# waits until all ranks of the group have said which they come with.
+# waits until all ranks of the group have said which they come with. So all have met with the same
+# kinds whenever rows meet, and know the same longest row.
 
 GIVEN_UP = b"given up"  # of a turn: not all ranks have come in time
 
@@ -285,6 +301,7 @@ class _Met:
     """What a process group's ranks are known to have in common."""
 
     kinds: set[int] = field(default_factory=set)
+    longest: int = 0  # row of these kinds
     turns: int = 0  # in which this rank has said what it comes with, or which it has missed
 
 
@@ -308,6 +325,7 @@ def agree(row: Tensor, group: str, kind: int) -> None:
     if kind not in met.kinds:
         meet(row, group, kind)
         met.kinds.add(kind)
+        met.longest = max(met.longest, len(row))
 
 
 def meet(row: Tensor, group: str, kind: int) -> None:

@@ -390,8 +390,9 @@ class SyncBatchNorm(_BatchNorm):
     batch is the concatenation of all of them, which may differ in size and be empty. The gradients
     of weight and bias are of this process's batch alone: DistributedDataParallel and FSDP reduce
     them along with all others. Each direction in training takes one collective, an `all_gather` of
-    16 * C + 16 bytes from each process in forward and of 16 * C in backward, whose results are
-    merged in the order of ranks: all processes have the same bits. Evaluation and frozen layers
+    16 * C + 16 bytes from each process in forward and of 16 * C in backward (on CPUs both are as
+    long as the group's longest so far, and 8 bytes longer, for processes to compare), whose results
+    are merged in the order of ranks: all processes have the same bits. Evaluation and frozen layers
     take none. While torch.distributed is not initialized, or the group has one process, this is
     plain batch normalization.
 
@@ -455,7 +456,8 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
-        memo[id(self.process_group)] = self.process_group  # which cannot be copied
+        for group in (self.process_group, vars(self).get("_tribn_group")):
+            memo[id(group)] = group  # which cannot be copied
         memo[id(self)] = copied = type(self).__new__(type(self))
         vars(copied).update(deepcopy(vars(self), memo))
         return copied

@@ -431,19 +431,24 @@ def _inside(t: Tensor, mask: Tensor | None, axis: int) -> Tensor:
     return t if mask is None else t.masked_fill(~mask.unsqueeze(axis), 0)
 
 
-def kind(dtype: torch.dtype, channels: int) -> int:
+# What a rank's row is of: forward, the default, or one of these
+STAGES = ("forward", "backward", "the gradient of backward", "accumulated batches", "a data set")
+
+
+def kind(dtype: torch.dtype, channels: int, stage: str = "forward") -> int:
     """A number for what all ranks must have in common."""
-    return channels * len(DTYPES) + DTYPES.index(dtype)
+    return (channels * len(DTYPES) + DTYPES.index(dtype)) * len(STAGES) + STAGES.index(stage)
 
 
-DONE = -(2**40)  # the kind of a rank that has no more batches
+DONE = -1  # the kind of a rank that has no more batches
 
 
 def describe(kind: int) -> str:
     if kind == DONE:
         return "its last batch done"
-    channels, dtype = divmod(abs(kind), len(DTYPES))
-    return f"{channels} channels of {DTYPES[dtype]}{' accumulated' if kind < 0 else ''}"
+    number, stage = divmod(kind, len(STAGES))
+    channels, dtype = divmod(number, len(DTYPES))
+    return f"{channels} channels of {DTYPES[dtype]}" + f" in {STAGES[stage]}" * (stage > 0)
 
 
 def check_same(kinds: list[int]) -> None:

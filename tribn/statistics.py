@@ -16,7 +16,7 @@ from tribn.activation import Activation, parse
 from tribn.distributed import gather, is_dtensor, meet
 from tribn.functional import batch_stats, check_model, computing_again, mask_of, merge_stats
 from tribn.nn import Layer, ranks_of
-from tribn.reference import DONE, accumulator
+from tribn.reference import DONE, accumulator, kind
 from tribn.vmap import levels
 
 WIDTH = 30  # of the progress bar
@@ -145,8 +145,8 @@ def _of_all_ranks(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> Mom
     if (ranks := ranks_of(layer)) is None:
         return mean, var, count
     row = torch.stack((mean, var, count.to(mean).expand_as(mean)))
-    rows = gather(row.flatten(), ranks).view(ranks.size, *row.shape)
-    parts = [(m, v, n.long()) for m, v, n in rows]
+    rows = gather(row.flatten(), ranks, kind(row.dtype, len(mean), "a data set"))
+    parts = [(m, v, n.long()) for m, v, n in rows.unflatten(1, row.shape)]
     return reduce(lambda total, part: merge_stats(*total, *part), parts)
 
 
@@ -233,9 +233,9 @@ def _rows_of_all_ranks(layer: Layer, rows: Tensor) -> Tensor:
         )
 
     mean, var, count = combine(rows)
-    # of another kind than forward's, which is as long
-    row = torch.cat((-rows[0, :1], count.double().view(1), mean, var * count))
-    rows = gather(row, ranks)
+    number = kind(mean.dtype, len(mean), "accumulated batches")
+    row = torch.cat((mean.new_full((1,), number), count.double().view(1), mean, var * count))
+    rows = gather(row, ranks, number)
     combine(rows)
     return rows
 
