@@ -74,7 +74,6 @@ class Model:
 STATS, NORMALIZE = Kernel("stats", "x"), Kernel("normalize", "x", "y")
 REDUCE, DX = Kernel("backward_reduce", "x dy"), Kernel("backward_dx", "x dy", "dx")
 COMBINE = Kernel("combine", when_combined=True)
-BACKWARD_COMBINE = Kernel("backward_combine", when_combined=True)
 NORMALIZE_ADD = Kernel("normalize", "x residual", "y")
 NORMALIZE_ADD_KEEP = Kernel("normalize", "x residual", "y bits")
 TORCH_BN = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
@@ -144,12 +143,12 @@ def compiled() -> dict[str, Model]:
 
 def two_launches() -> dict[str, Model]:
     """One pass for the statistics or sums, one with everything fused."""
-    bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, BACKWARD_COMBINE, DX), (NORMALIZE,), "x")
+    bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
     add = replace(bn, forward=(STATS, COMBINE, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
     add_relu = Model(
         forward=(STATS, COMBINE, NORMALIZE_ADD_KEEP),
         # The second kernel takes up what the first made of dy.
-        backward=(Kernel("backward_reduce", "x dy bits", "dresidual"), BACKWARD_COMBINE, DX),
+        backward=(Kernel("backward_reduce", "x dy bits", "dresidual"), DX),
         eval=(NORMALIZE_ADD,),
         saved="x bits",
     )

@@ -1,4 +1,4 @@
-"""The barrier of a group's programs, and what happens without a part of it.
+"""How a group's programs meet: the barrier, and what happens without a part of it.
 
 In Triton's interpreter a device function is a function of Python: so are the broken barriers here.
 """
@@ -22,7 +22,7 @@ import triton.language as tl
 from cooperative import concurrently
 from triton.runtime.errors import InterpreterError
 
-from tribn.kernels.tile import group_barrier
+from tribn.kernels.tile import group_barrier, is_last
 
 TOP = -(2**31)  # the top bit of an int32
 
@@ -170,3 +170,45 @@ def test_after_an_interruption_the_counter_is_of_no_use():
     assert multiprocessing.active_children() == []
     assert counter.item() == last
     assert_sums(counter.zero_(), 3)
+
+
+@triton.jit
+def last_kernel(
+    x_ptr,  # [groups, G]
+    partials_ptr,  # [groups, G]
+    counters_ptr,  # [groups] int32
+    y_ptr,  # [groups]: sums of x
+    lasts_ptr,  # [groups] int32: how many programs have found that they are the last
+    G,
+    BLOCK_G: tl.constexpr,
+):
+    """Grid (groups * G,)."""
+    group = tl.program_id(0) // G
+    member = tl.program_id(0) % G
+    at = tl.program_id(0)
+    tl.store(partials_ptr + at, tl.load(x_ptr + at))
+    if is_last(counters_ptr + group, G, member):
+        g = tl.arange(0, BLOCK_G)
+        partials = tl.load(partials_ptr + group * G + g, g < G, other=0.0)
+        tl.store(y_ptr + group, tl.sum(partials))
+        tl.atomic_add(lasts_ptr + group, 1)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(("G", "groups"), [(2, 3), (5, 2), (16, 1)])
+def test_the_last_program_sees_what_all_have_stored(G, groups, at_once):
+    """And there is one of them, in every launch on the same counters, also after a barrier's."""
+    counters = torch.zeros(groups, dtype=torch.int32)
+    assert_sums(counters, G)
+    for launches in range(1, 4):
+        x = torch.randint(-99, 100, (groups, G)).float()
+        partials, y = torch.full((groups, G), torch.nan), torch.full((groups,), torch.nan)
+        lasts = torch.zeros(groups, dtype=torch.int32)
+        with concurrently():
+            last_kernel[(groups * G,)](
+                *(x, partials, counters, y, lasts, G, triton.next_power_of_2(G)),
+                launch_cooperative_grid=at_once,
+            )
+        assert torch.equal(y, x.sum(1))
+        assert lasts.tolist() == [1] * groups
+        assert counters.tolist() == [0 if launches % 2 else TOP] * groups

@@ -218,7 +218,6 @@ SYNCHRONIZED = {
     "pack",
     "sync_combine",
     "backward_reduce",
-    "backward_combine",
     "backward_dx",
 }
 

@@ -1,11 +1,11 @@
 """Backward kernels, each followed by its launcher, and the operator made of them.
 
 Training is one launch, `backward`, where its programs can run at the same time, as in forward.
-Elsewhere it is two: `backward_reduce` leaves one partial result for each split of the reduction,
-and the programs of `backward_dx` merge the partials for themselves; where they are many, or nothing
-else wants them, `backward_combine` merges them once.
+Elsewhere it is two: of `backward_reduce`, whose last program for some channels merges what the
+others have left, and `backward_dx`. What needs no sums is written by the first as well.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tribn.activation import Activation
 from tribn.kernels.activation import functions, inverse
-from tribn.kernels.host import Constants, dense, or_in_two_launches, prepare
+from tribn.kernels.host import Constants, Launcher, dense, or_in_two_launches, prepare
+from tribn.kernels.scratch import scratch
 from tribn.kernels.tile import (
     PER_CHANNEL,
     UNSPECIALIZED,
@@ -23,6 +24,7 @@ from tribn.kernels.tile import (
     bit_offsets,
     channels,
     group_barrier,
+    is_last,
     load,
     load_or,
     merge_sums,
@@ -35,7 +37,7 @@ from tribn.kernels.tile import (
     unmasked,
     unpack,
 )
-from tribn.launch import COMBINE_C, MERGE, Plan
+from tribn.launch import Plan
 from tribn.reference import accumulator
 
 
@@ -201,9 +203,13 @@ def store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def backward_reduce_kernel(
-    partials_ptr,  # [2, G, C] float64: sums of g and of g * (PRE(x) - mean)
+    partials_ptr,  # [2, G, C] float64: sums of g and of g * (PRE(x) - mean), for G > 1
+    counters_ptr,  # [1 + channel blocks] int32: see `forward_kernel`, for G > 1
+    sums_ptr,  # [2, C] float64: of all splits
     dx_ptr,  # [N, C, S], in evaluation only
     dresidual_ptr,  # [N, C, S]
+    dweight_ptr,  # [C]
+    dbias_ptr,  # [C]
     mean_ptr,  # [C]
     var_ptr,  # [C]
     weight_ptr,  # [C]
@@ -239,6 +245,7 @@ def backward_reduce_kernel(
     PRE_GRAD: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -246,9 +253,10 @@ def backward_reduce_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The two sums of each split, g = GRAD(dy) being dresidual; without x the second sum is 0.
+    """Two sums, and the parameters' gradients, which they are; g = GRAD(dy) is dresidual.
 
-    In evaluation dx = PRE_GRAD(weight * rstd * g) needs no sum and is written in the same pass.
+    Without x the second sum is 0. In evaluation dx = PRE_GRAD(weight * rstd * g) needs no sum and
+    is written in the same pass.
     Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
@@ -256,7 +264,7 @@ def backward_reduce_kernel(
     g = pid // blocks
     c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
-    mean, _, scale, bias = constants(
+    mean, rstd, scale, bias = constants(
         c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
@@ -288,31 +296,24 @@ def backward_reduce_kernel(
             if mask_ptr is not None:
                 dx = tl.where(valid, dx, 0.0)
             store(dx_ptr, at, dx, mask, "")
-    at = g.to(tl.int64) * C + c
-    store_sums(partials_ptr, at, tl.sum(sum_g, 1), tl.sum(sum_g_x, 1), G, C, c_mask)
+    sum_g = tl.sum(sum_g, 1).to(tl.float64)
+    sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
+    results = (sums_ptr, dweight_ptr, dbias_ptr)
+    if partials_ptr is None:
+        store_results(sum_g, sum_g_x, rstd, C, c, c_mask, *results)
+    else:
+        store_sums(partials_ptr, g.to(tl.int64) * C + c, sum_g, sum_g_x, G, C, c_mask)
+        if is_last(counters_ptr + (1 + pid % blocks).to(tl.int64), G, g):
+            sum_g, sum_g_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+            store_results(sum_g, sum_g_x, rstd, C, c, c_mask, *results)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
-def backward_combine_kernel(
-    merged_ptr,  # [2, 1, C] float64
-    dweight_ptr,  # [C]
-    dbias_ptr,  # [C]
-    var_ptr,  # [C]
-    partials_ptr,  # [2, G, C] float64: sums of dy and of dy * (x - mean)
-    eps: tl.float64,
-    C: tl.int64,
-    G: tl.int64,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Merges the sums of G parts; stores the parameters' gradients. Grid: (channel blocks,)."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < C
-    sum_dy, sum_dy_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
-    store_sums(merged_ptr, c, sum_dy, sum_dy_x, 1, C, c_mask)
-    rstd = reciprocal_std(load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE), eps, DTYPE)
-    store_grads(sum_dy, sum_dy_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
+@triton.jit
+def store_results(sum_g, sum_g_x, rstd, C, c, c_mask, sums_ptr, dweight_ptr, dbias_ptr):
+    """Stores the sums and the gradients that they are, those of them that are wanted."""
+    if sums_ptr is not None:
+        store_sums(sums_ptr, c, sum_g, sum_g_x, 1, C, c_mask)
+    store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
 
 
 @triton.jit
@@ -399,20 +400,17 @@ def write(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
 def backward_dx_kernel(
     dx_ptr,  # [N, C, S]
-    dweight_ptr,  # [C]
-    dbias_ptr,  # [C]
     mean_ptr,  # [C]
     var_ptr,  # [C]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     count_ptr,  # [] values of a channel that count, with a mask only
-    partials_ptr,  # [2, parts, C] float64: sums of g and of g * (PRE(x) - mean), in training only
+    sums_ptr,  # [2, C] float64: of g and of g * (PRE(x) - mean), in training only
     x_ptr,  # [N, C, S], y with INVERSE; in training or if an activation needs it
     dy_ptr,  # [N, C, S]
     residual_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
     mask_ptr,  # [N, S]: 0 where the input does not count
-    parts: tl.int64,
     eps: tl.float64,
     p: tl.float64,
     q: tl.float64,
@@ -439,7 +437,6 @@ def backward_dx_kernel(
     PRE_GRAD: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -449,9 +446,8 @@ def backward_dx_kernel(
 ):
     """dx = PRE_GRAD(weight * rstd * (g - sum(g) / n - z * sum(g * z) / n)).
 
-    With g = GRAD(dy) and z = (PRE(x) - mean) * rstd. Without partials the statistics are constants
-    and the sums left out. Programs of the first split store the parameters' gradients. In the
-    reverse of `backward_reduce_kernel`'s order: what it read last may still be in the cache.
+    With g = GRAD(dy) and z = (PRE(x) - mean) * rstd. Without sums the statistics are constants. In
+    the reverse of `backward_reduce_kernel`'s order: what it read last may still be in the cache.
     Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -464,10 +460,9 @@ def backward_dx_kernel(
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     offset, slope = mean, mean
-    if partials_ptr is not None:
-        sum_g, sum_g_x = merge_sums(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
-        if g == 0:
-            store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
+    if sums_ptr is not None:
+        sum_g = tl.load(sums_ptr + c, c_mask, other=0.0)
+        sum_g_x = tl.load(sums_ptr + C + c, c_mask, other=0.0)
         offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
     for tile in range(last - 1, first - 1, -1):
         dy, x, more = load_inputs(
@@ -478,7 +473,7 @@ def backward_dx_kernel(
         write(
             *(dy, x, more, tile, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr, None),
             *(x_ptr, residual_ptr, bits_ptr, mask_ptr, N, S, stride_dxn, stride_dxo, stride_dxi),
-            *(stride_mn, stride_ms, partials_ptr is not None, PRE, PRE_GRAD, GRAD, INVERSE, ""),
+            *(stride_mn, stride_ms, sums_ptr is not None, PRE, PRE_GRAD, GRAD, INVERSE, ""),
             *(DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
         )
 
@@ -626,22 +621,27 @@ def backward_kernel(
                 )
 
 
-def backward_combine(
-    partials: Tensor, dweight: Tensor | None, dbias: Tensor | None, var: Tensor, eps: float
-) -> Tensor:
-    """Partial sums [2, G, C] merged into [2, 1, C]; writes the parameters' gradients."""
-    _, G, C = partials.shape
-    merged = partials.new_empty((2, 1, C))
-    grid = (triton.cdiv(C, COMBINE_C),)
-    dtype = tl.float64 if dweight is not None and dweight.dtype == torch.float64 else tl.float32
-    with torch.cuda.device_of(partials):
-        backward_combine_kernel[grid](
-            *(merged, dweight, dbias, var, partials, eps, C, G),
-            BLOCK_G=MERGE,
-            BLOCK_C=COMBINE_C,
-            DTYPE=dtype,
-        )
-    return merged
+def reduce(
+    launch: Launcher,
+    results: Sequence[Tensor | None],
+    channels: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    constants: Constants,
+) -> None:
+    """Writes sums, dx, dresidual, dweight and dbias, those of them that are there.
+
+    `channels`, `inputs` and `numbers` are those of the kernel.
+    """
+    sums, _, _, dweight, dbias = results
+    plan, dy = launch.plan, inputs[1]
+    partials, counters = None, None
+    if plan.splits > 1 and any(t is not None for t in (sums, dweight, dbias)):
+        partials = dy.new_empty((2, plan.splits, launch.layout.C), dtype=torch.float64)
+        _, counters = scratch(launch.device, 0, 1 + plan.channel_blocks)
+    tensors = (partials, counters, *results, *channels, *inputs)
+    constants += (("BLOCK_G", plan.block_g(1)),)
+    launch(backward_reduce_kernel, tensors, numbers, (0, 1, 2, 3), constants)
 
 
 @or_in_two_launches
@@ -696,24 +696,20 @@ def batch_norm_backward(
         tensors = (dx, dresidual, dweight, dbias, *channels, count, *inputs)
         launch(backward_kernel, tensors, numbers, order, constants, results=2)
         return dx, dweight, dbias, dresidual
-    partials, grads = None, (dweight, dbias)
+    sums = None
     if training or wants_weight or wants_bias or wants_residual:
-        partials = dy.new_empty((2, launch.plan.splits, mean.numel()), dtype=torch.float64)
-        tensors = (partials, None if training else dx, dresidual, *channels, *inputs)
-        launch(backward_reduce_kernel, tensors, numbers, order, constants)
-        if launch.plan.combine or not reads:
-            if training or wants_weight or wants_bias:
-                partials = backward_combine(partials, dweight, dbias, var, eps)
-            grads = (None, None)
-    if wants_x and (training or partials is None):
-        if dresidual is not None and dresidual.dtype == dy.dtype and not act_first:
-            # It is what the activation's gradient made of dy, and laid out like dx.
-            inputs, order = (x, dresidual, None, None, mask), (0, 1, 0, 3)
-            constants = _constants(None, p, q, False, False, wants_x)
-        parts = 1 if partials is None else partials.shape[1]
-        tensors = (dx, *grads, *channels, count, partials, *inputs)
-        constants += (("BLOCK_G", 1 if parts == 1 else MERGE),)
-        launch(backward_dx_kernel, tensors, (parts, *numbers), order, constants)
+        if training and wants_x:
+            sums = mean.new_empty((2, len(mean)), dtype=torch.float64)
+        results = (sums, None if training else dx, dresidual, dweight, dbias)
+        reduce(launch, results, channels, inputs, numbers, constants)
+        if sums is None:
+            return dx, dweight, dbias, dresidual
+    if dresidual is not None and dresidual.dtype == dy.dtype and not act_first:
+        # It is what the activation's gradient made of dy, and laid out like dx.
+        inputs, order = (x, dresidual, None, None, mask), (0, 1, 0, 3)
+        constants = _constants(None, p, q, False, False, wants_x)
+    tensors = (dx, *channels, count, sums, *inputs)
+    launch(backward_dx_kernel, tensors, numbers, order, constants)
     return dx, dweight, dbias, dresidual
 
 

@@ -2,7 +2,7 @@
 
 `sync_stats` packs a rank's partial statistics into one row, `sync_combine` merges the rows of all
 ranks and moves the running statistics, and evaluation's operator normalizes. In backward the sums
-that `backward_combine` merges are a rank's row.
+of `backward_reduce` are a rank's row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tribn.kernels import backward, forward
-from tribn.kernels.backward import backward_combine, backward_dx_kernel, backward_reduce_kernel
+from tribn.kernels.backward import backward_dx_kernel, reduce
 from tribn.kernels.forward import stats_kernel, store_and_track
 from tribn.kernels.host import dense, prepare
 from tribn.kernels.tile import PER_CHANNEL, merge_rows, merge_stats, reciprocal
@@ -200,17 +200,16 @@ def sync_backward_reduce(
     launch, (x, dy, residual), mask = prepare(
         axis, like, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
     )
-    mean, var, weight, bias = dense(mean, var, weight, bias)
-    partials = dy.new_empty((2, launch.plan.splits, len(mean)), dtype=torch.float64)
-    launch(
-        backward_reduce_kernel,
-        (partials, None, dresidual, mean, var, weight, bias, x, dy, residual, bits, mask),
+    sums = mean.new_empty((2 * len(mean),), dtype=torch.float64)
+    reduce(
+        launch,
+        (sums, None, dresidual, dweight, dbias),
+        dense(mean, var, weight, bias),
+        (x, dy, residual, bits, mask),
         (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
-        (0, 1, 2, 3),
         backward._constants(activation, p, q, act_first, from_output, False),
     )
-    sums = backward_combine(partials, dweight, dbias, var, eps)
-    return sums.flatten(), dweight, dbias, dresidual
+    return sums, dweight, dbias, dresidual
 
 
 def sync_backward_dx(
@@ -242,13 +241,12 @@ def sync_backward_dx(
         axis, dx, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
     )
     channels = dense(mean, var, weight, bias)
-    partials = sums.contiguous().view(2, 1, -1)
     constants = backward._constants(activation, p, q, act_first, from_output, True)
     launch(
         backward_dx_kernel,
-        (dx, None, None, *channels, count, partials, x, dy, residual, bits, mask),
-        (1, eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
+        (dx, *channels, count, sums.contiguous(), x, dy, residual, bits, mask),
+        (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
         (0, 1, 2, 3),
-        (*constants, ("BLOCK_G", 1)),
+        constants,
     )
     return dx

@@ -297,17 +297,37 @@ def store(ptr, at, value, mask, EVICTION: tl.constexpr):
         tl.store(ptr + at, value.to(tl.float32), mask, eviction_policy=EVICTION)
 
 
+# The G > 1 programs of a group meet in a counter. One of them adds 2^31 - (G - 1) and the others 1,
+# which flips the top bit and leaves the rest as it was: no one has to set it back.
+
+
+@triton.jit
+def step(G, member):
+    return tl.where(member == 0, 2147483647 - (G - 2), 1)
+
+
 @triton.jit
 def group_barrier(counter_ptr, G, member):
-    """Waits until all G > 1 programs of a group are here; what they stored before is seen after.
+    """Waits until all programs of a group are here; what they stored before is seen after.
 
-    One of them adds 2^31 - (G - 1) and the others 1 to the int32 counter, which flips its top bit
-    and leaves the rest as it was: no one has to set it back. They must all run at the same time.
+    They must all run at the same time.
     """
     tl.debug_barrier()  # all threads have stored
-    step = tl.where(member == 0, 2147483647 - (G - 2), 1)
-    before = tl.atomic_add(counter_ptr, step, sem="release", scope="gpu")
+    before = tl.atomic_add(counter_ptr, step(G, member), sem="release", scope="gpu")
     now = before
     while (now ^ before) >= 0:
         now = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()  # no thread loads before one has seen the others arrive
+
+
+@triton.jit
+def is_last(counter_ptr, G, member):
+    """Whether a program is the last of its group to be here; it sees what all stored before.
+
+    None waits, so they need not run at the same time.
+    """
+    tl.debug_barrier()  # all threads have stored
+    mine = step(G, member)
+    before = tl.atomic_add(counter_ptr, mine, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()  # no thread loads before one has seen the others arrive
+    return (before ^ (before + mine)) < 0
