@@ -44,7 +44,6 @@ class Kernel:
     reads: str = ""
     writes: str = ""
     again: str = ""  # of the reads, what is read once more unless the chip has held it
-    when_combined: bool = False  # launched only where the plan has many partial results to merge
     share: float = 1.0  # of the cases in which it is what runs
 
     def units(self, itemsize: int, held: bool = True) -> float:
@@ -73,7 +72,6 @@ class Model:
 
 STATS, NORMALIZE = Kernel("stats", "x"), Kernel("normalize", "x", "y")
 REDUCE, DX = Kernel("backward_reduce", "x dy"), Kernel("backward_dx", "x dy", "dx")
-COMBINE = Kernel("combine", when_combined=True)
 NORMALIZE_ADD = Kernel("normalize", "x residual", "y")
 NORMALIZE_ADD_KEEP = Kernel("normalize", "x residual", "y bits")
 TORCH_BN = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
@@ -143,10 +141,10 @@ def compiled() -> dict[str, Model]:
 
 def two_launches() -> dict[str, Model]:
     """One pass for the statistics or sums, one with everything fused."""
-    bn = Model((STATS, COMBINE, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
-    add = replace(bn, forward=(STATS, COMBINE, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
+    bn = Model((STATS, NORMALIZE), (REDUCE, DX), (NORMALIZE,), "x")
+    add = replace(bn, forward=(STATS, NORMALIZE_ADD), eval=(NORMALIZE_ADD,))
     add_relu = Model(
-        forward=(STATS, COMBINE, NORMALIZE_ADD_KEEP),
+        forward=(STATS, NORMALIZE_ADD_KEEP),
         # The second kernel takes up what the first made of dy.
         backward=(Kernel("backward_reduce", "x dy bits", "dresidual"), DX),
         eval=(NORMALIZE_ADD,),

@@ -215,7 +215,6 @@ def test_no_activation_needs_more_than_there_is(activation, act_first, name):
 
 SYNCHRONIZED = {
     "stats",
-    "pack",
     "sync_combine",
     "backward_reduce",
     "backward_dx",

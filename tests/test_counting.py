@@ -79,11 +79,6 @@ def force(monkeypatch):
     return force
 
 
-def kernels_of(model, direction, combine=False):
-    """The kernels of the model that run, where partial results are merged or not."""
-    return [kernel for kernel in getattr(model, direction) if combine or not kernel.when_combined]
-
-
 def apply(op, t, training, grad=True):
     """The operation, and the tensors that may want gradients."""
     residual = torch.zeros_like(t.x) if OPS[op].residual else None
@@ -139,7 +134,7 @@ def test_layouts_and_dtypes(case, tier, force):
     t = Inputs.of(case)
     model = PATHS["tribn" if tier else "two launches"]["bn"]
     for direction, launches in measure("bn", t).items():
-        assert_agree(launches, kernels_of(model, direction), t.x, tier)
+        assert_agree(launches, getattr(model, direction), t.x, tier)
 
 
 @pytest.mark.parametrize("tier", [None, *TIERS])
@@ -150,7 +145,7 @@ def test_operations(op, layout, tier, force):
     t = Inputs.of(Case((3, 16, 4, 8), BF16, layout, layout))
     model = PATHS["tribn" if tier else "two launches"][op]
     for direction, launches in measure(op, t).items():
-        assert_agree(launches, kernels_of(model, direction), t.x, tier)
+        assert_agree(launches, getattr(model, direction), t.x, tier)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -158,8 +153,8 @@ def test_partial_results_that_a_launch_merges(layout, force):
     force(None, programs=18)
     t = Inputs.of(Case((9, 16, 8, 8), F32, layout, layout))
     for direction, launches in measure("bn", t).items():
-        kernels = kernels_of(PATHS["two launches"]["bn"], direction, combine=True)
-        assert len(kernels) == {"forward": 3, "backward": 2, "eval": 1}[direction]
+        kernels = getattr(PATHS["two launches"]["bn"], direction)
+        assert len(kernels) == (1 if direction == "eval" else 2)
         assert_agree(launches, kernels, t.x)
 
 
@@ -173,7 +168,7 @@ def test_programs_that_wait_for_each_other(layout, tier, force):
     for direction, launches in measured.items():
         if direction in TWICE:
             assert launches[0].tensors["partials"].read > 0
-        assert_agree(launches, kernels_of(PATHS["tribn"]["bn_add_relu"], direction), t.x, tier)
+        assert_agree(launches, getattr(PATHS["tribn"]["bn_add_relu"], direction), t.x, tier)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +192,7 @@ def test_tiers_of_a_layer_are_those_of_its_row(layout, case, sms, l2, tiers, mon
     with concurrently():
         measured = measure("bn", t)
     for direction, launches in measured.items():
-        kernels = kernels_of(PATHS["tribn"]["bn"], direction)
+        kernels = getattr(PATHS["tribn"]["bn"], direction)
         assert_agree(launches, kernels, t.x, expected.get(direction))
 
 
@@ -234,14 +229,12 @@ def test_what_is_left_out_does_not_grow_with_the_input(tier, G, force):
     assert few == many
     (first, *_), (first_backward, *_), _ = few
     partials = 8 * C * (G if G > 1 else 0)
-    if tier is None:
-        assert first == ("stats", 0, 3 * partials)
-        # Besides, the sums of all, and the parameters' gradients.
-        assert first_backward[2] == 2 * partials + 2 * 8 * C + 2 * 4 * C
-    else:
-        # Besides, mean and variance, and both statistics that run; the parameters' gradients.
-        assert first[::2] == ("forward", 3 * partials + 4 * 4 * C)
-        assert first_backward[::2] == ("backward", 2 * partials + 2 * 4 * C)
+    # Besides, mean and variance, and both statistics that run; the parameters' gradients, and in two
+    # launches the sums.
+    sums = 2 * 8 * C if tier is None else 0
+    names = ("stats", "backward_reduce") if tier is None else ("forward", "backward")
+    assert first[::2] == (names[0], 3 * partials + 4 * 4 * C)
+    assert first_backward[::2] == (names[1], 2 * partials + 2 * 4 * C + sums)
 
 
 def test_reads_of_the_same_bytes_count_once():

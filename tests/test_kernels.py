@@ -27,8 +27,8 @@ from cases import (
 from conftest import GPU, assert_untouched_around
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tribn import reference
-from tribn.launch import MERGE, collapse, make_plan, vector
+from tribn import launch, reference
+from tribn.launch import collapse, make_plan, vector
 from tribn.reference import accumulator
 
 if not (INTERPRET or GPU):
@@ -40,6 +40,7 @@ if not (INTERPRET or GPU):
 from tribn import kernels
 from tribn.functional import batch_norm
 from tribn.kernels import host
+from tribn.kernels.sync import MERGE
 
 MOMENTUM, EPS = 0.3, 1e-5
 STATS = ("running_mean", "running_var")
@@ -115,7 +116,7 @@ def train(module, inputs, *plans):
 
 TILE = ("block_n", "block_c", "block_s", "splits")
 PATHS = [  # few programs: the interpreter takes milliseconds for each
-    *[(1, 1, 64, 1), (4, 1, 16, 2), (1, 8, 16, 3), (2, 8, 8, MERGE), (16, 8, 4, 2)],
+    *[(1, 1, 64, 1), (4, 1, 16, 2), (1, 8, 16, 3), (2, 8, 8, 16), (16, 8, 4, 2)],
     *[(1, 16, 4, 1000), (1, 16, 128, 1000)],  # one tile a split
 ]
 SHAPES = [
@@ -125,13 +126,18 @@ SHAPES = [
 ]
 
 
-def test_paths_merge_partials_everywhere():
-    """In the programs that read them, and in a launch of its own that loops over them."""
+@pytest.fixture(autouse=True)
+def few_merged_at_once(monkeypatch):
+    monkeypatch.setattr(launch, "MERGED_AT_ONCE", 128)
+
+
+def test_paths_merge_partials_in_every_way():
+    """None, all at once, and one part of them after another."""
     t = Inputs.of(SHAPES[0])
     plans = [forward_plan(t, **dict(zip(TILE, path, strict=True))) for path in PATHS]
-    assert {plan.combine for plan in plans} == {False, True}
-    assert any(1 < plan.splits <= MERGE for plan in plans)
     assert any(plan.splits == 1 for plan in plans)
+    assert any(1 < plan.splits <= plan.block_g(1) for plan in plans)
+    assert any(plan.splits > plan.block_g(1) for plan in plans)
 
 
 @pytest.mark.parametrize(

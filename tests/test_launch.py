@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from perf.cases import NETS, SETS, layers
 from tribn.launch import (
     HELD_PER_THREAD,
-    MERGE,
     MERGED_AT_ONCE,
     Device,
     Layout,
@@ -282,13 +281,6 @@ def test_access_width_is_that_of_the_worst_tensor():
     odd = (64 * 2 + 2, 32, 1)
     layout = collapse(shape, [contiguous(shape), odd], 1)
     assert make_plan(layout, 2, H100).vec == 2
-
-
-def test_many_partials_are_merged_by_a_launch_of_their_own():
-    plan = make_plan(layout_of((2_000_000, 64)), 2, H100)
-    assert plan.splits > MERGE
-    assert plan.combine
-    assert not replace(plan, splits=MERGE).combine
 
 
 # Plans to read once

@@ -254,9 +254,8 @@ def test_report_of_a_set(tmp_path, capsys):
     assert [row["tiers"]["forward"] for row in found["rows"]] == ["registers", *["l2"] * 4]
     (forward,) = found["kernels"]["tribn"]["bn_relu"]["forward"]
     assert (forward["reads"], forward["again"], forward["writes"]) == ("x", "x", "y")
-    stats, combine, normalize = found["kernels"]["two launches"]["bn_relu"]["forward"]
+    stats, normalize = found["kernels"]["two launches"]["bn_relu"]["forward"]
     assert (stats["reads"], stats["writes"], stats["units"]) == ("x", "", 1)
-    assert (combine["name"], combine["when_combined"], combine["units"]) == ("combine", True, 0)
     assert (normalize["reads"], normalize["writes"], normalize["units"]) == ("x", "y", 2)
     printed = capsys.readouterr().out
     assert "not timed" in printed

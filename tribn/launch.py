@@ -13,8 +13,6 @@ BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
 HELD_PER_THREAD = 64  # elements in registers, of all tensors, of 4 bytes: two such programs fit
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
-MERGE = 16  # partials that every consumer merges for itself; more get a launch of their own
-COMBINE_C = 16  # channels of a program that only merges partials: few, for many programs
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
 BARRIER = 1  # what waiting costs, in tiles of a program
 
@@ -198,11 +196,6 @@ class Plan:
             other, inner = (s, c) if self.channels_last else (c, s)
             flat += [n // self.vec, other // self.vec, inner]
         return flat
-
-    @property
-    def combine(self) -> bool:
-        """Whether the partials are merged by a launch of their own."""
-        return self.splits > MERGE
 
 
 @lru_cache(maxsize=4096)

@@ -2,14 +2,13 @@
 
 Training is one launch, `forward`, where its programs can run at the same time: those that share a
 slab of channels wait for each other between the statistics and the normalization, and what they
-read stays on the chip meanwhile. Elsewhere it is two: `stats` leaves one partial result for each
-split of the reduction, and the programs of `normalize` merge the partials for themselves; where
-they are many, `combine` merges them once in between. All sums are taken in a fixed order.
+read stays on the chip meanwhile. Elsewhere it is two: of `stats`, whose last program for some
+channels merges what the others have left and moves the running statistics, and of evaluation's
+`normalize`. All sums are taken in a fixed order.
 """
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -19,6 +18,7 @@ from torch import Tensor
 from tribn.activation import Activation
 from tribn.kernels.activation import functions
 from tribn.kernels.host import Constants, Launcher, dense, or_in_two_launches, prepare
+from tribn.kernels.scratch import scratch
 from tribn.kernels.tile import (
     PER_CHANNEL,
     UNSPECIALIZED,
@@ -26,6 +26,7 @@ from tribn.kernels.tile import (
     bit_offsets,
     channels,
     group_barrier,
+    is_last,
     load,
     load_or,
     merge_stats,
@@ -39,7 +40,7 @@ from tribn.kernels.tile import (
     tiles,
     unmasked,
 )
-from tribn.launch import COMBINE_C, MERGE, Plan
+from tribn.launch import Plan
 from tribn.reference import accumulator, new_bits, output
 
 
@@ -144,101 +145,6 @@ def store_stats(partials_ptr, at, count, mean, m2, G, C, c_mask):
     tl.store(partials_ptr + 2 * G * C + at, count, c_mask)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
-def stats_kernel(
-    partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
-    num_batches_tracked_ptr,  # [], incremented
-    x_ptr,  # [N, C, S]
-    mask_ptr,  # [N, S]: 0 where the input does not count
-    p: tl.float64,
-    q: tl.float64,
-    N: tl.int64,
-    C: tl.int64,
-    S: tl.int64,
-    stride_xn: tl.int64,
-    stride_xo: tl.int64,
-    stride_xi,
-    stride_mn,
-    stride_ms,
-    G,
-    tiles_per_split,
-    PRE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    VEC: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Count, mean and sum of squared deviations of PRE(x) in each split.
-
-    Grid: (channel blocks * G,).
-    """
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
-    g = pid // blocks
-    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
-    first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
-    p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    count, mean, m2, _ = split_stats(
-        *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
-        *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
-        *(BLOCK_N, BLOCK_C, BLOCK_S),
-    )
-    store_stats(partials_ptr, g.to(tl.int64) * C + c, count, mean, m2, G, C, c_mask)
-    if num_batches_tracked_ptr is not None:
-        if pid == 0:
-            tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr) + 1)
-
-
-def stats(
-    launch: Launcher,
-    x: Tensor,
-    num_batches_tracked: Tensor | None,
-    mask: Tensor | None,
-    function: Any = None,
-    p: float = 0.0,
-    q: float = 0.0,
-) -> Tensor:
-    """Partial statistics [3, G, C] of function(x), merged to G = 1 where the splits are many."""
-    C, G = launch.layout.C, launch.plan.splits
-    partials = x.new_empty((3, G, C), dtype=torch.float64)
-    launch(
-        stats_kernel,
-        (partials, num_batches_tracked, x, mask),
-        (p, q),
-        (1,),
-        (("PRE", function),),
-    )
-    return combine(partials) if launch.plan.combine else partials
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
-def combine_kernel(
-    merged_ptr,  # [3, 1, C] float64
-    partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
-    C: tl.int64,
-    G: tl.int64,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Merges the statistics of G parts. Grid: (channel blocks,)."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = c < C
-    count, mean, m2 = merge_stats(partials_ptr, G, C, c, mask, BLOCK_G, BLOCK_C)
-    store_stats(merged_ptr, c, count, mean, m2, 1, C, mask)
-
-
-def combine(partials: Tensor) -> Tensor:
-    """Partial statistics [3, G, C] merged into [3, 1, C]."""
-    _, G, C = partials.shape
-    merged = partials.new_empty((3, 1, C))
-    grid = (triton.cdiv(C, COMBINE_C),)
-    with torch.cuda.device_of(partials):
-        combine_kernel[grid](merged, partials, C, G, BLOCK_G=MERGE, BLOCK_C=COMBINE_C)
-    return merged
-
-
 @triton.jit
 def store_and_track(
     count,
@@ -275,6 +181,126 @@ def store_and_track(
         unbiased = m2 * reciprocal(count - correction)
         running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
         store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves, "")
+
+
+@triton.jit
+def count_batch(
+    count, counters_ptr, groups, group, count_ptr, num_batches_tracked_ptr, CUMULATIVE: tl.constexpr
+):
+    """Counts a batch, unless nothing in it counts, when all groups have read the counter."""
+    total = tl.max(count, 0).to(tl.int64)
+    last_to_read = group == 0
+    if CUMULATIVE:
+        tl.debug_barrier()  # all threads have read it
+        last_to_read = tl.atomic_add(counters_ptr, 1) == groups - 1
+        if last_to_read:
+            tl.store(counters_ptr, 0)
+    if last_to_read:
+        if count_ptr is not None:
+            tl.store(count_ptr, total)
+        if num_batches_tracked_ptr is not None:
+            counted = tl.load(num_batches_tracked_ptr)
+            tl.store(num_batches_tracked_ptr, counted + (total > 0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
+def stats_kernel(
+    partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts, for G > 1
+    counters_ptr,  # [1 + channel blocks] int32: see `forward_kernel`, for G > 1 or CUMULATIVE
+    row_ptr,  # [2 + 2 * C] float64: kind, count, means, sums of squared deviations
+    running_mean_ptr,  # [C], updated
+    running_var_ptr,  # [C], updated
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    count_ptr,  # [] int64, with a mask only
+    num_batches_tracked_ptr,  # [], incremented unless the mask leaves nothing
+    x_ptr,  # [N, C, S]
+    mask_ptr,  # [N, S]: 0 where the input does not count
+    kind: tl.float64,
+    momentum: tl.float64,
+    correction: tl.float64,
+    p: tl.float64,
+    q: tl.float64,
+    N: tl.int64,
+    C: tl.int64,
+    S: tl.int64,
+    stride_xn: tl.int64,
+    stride_xo: tl.int64,
+    stride_xi,
+    stride_mn,
+    stride_ms,
+    G,
+    tiles_per_split,
+    CUMULATIVE: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+    PRE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Statistics of PRE(x), as a row, or stored while the running ones move towards them.
+
+    Grid: (channel blocks * G,).
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
+    block, g = pid % blocks, pid // blocks
+    c, c_mask = channels(block, C, VEC, CHANNELS_LAST, BLOCK_C)
+    first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
+    p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
+    count, mean, m2, _ = split_stats(
+        *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
+        *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
+        *(BLOCK_N, BLOCK_C, BLOCK_S),
+    )
+    whole = True
+    if partials_ptr is not None:
+        store_stats(partials_ptr, g.to(tl.int64) * C + c, count, mean, m2, G, C, c_mask)
+        whole = is_last(counters_ptr + (1 + block).to(tl.int64), G, g)
+        if whole:
+            count, mean, m2 = merge_stats(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+    if whole:
+        if row_ptr is not None:
+            tl.store(row_ptr + (2 + c), mean, c_mask)
+            tl.store(row_ptr + (2 + C + c), m2, c_mask)
+            if block == 0:
+                head = tl.arange(0, 2).to(tl.int64)
+                tl.store(row_ptr + head, tl.where(head == 0, kind, tl.max(count, 0)))
+        else:
+            if CUMULATIVE:
+                momentum = reciprocal(tl.load(num_batches_tracked_ptr) + 1)
+            store_and_track(
+                *(count, mean, m2 * reciprocal(count), m2, momentum, correction, c, c_mask),
+                *(running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None),
+                *(SKIP_NONFINITE, DTYPE, BLOCK_C),
+            )
+            count_batch(
+                *(count, counters_ptr, blocks, block, count_ptr, num_batches_tracked_ptr),
+                CUMULATIVE,
+            )
+
+
+def stats(
+    launch: Launcher,
+    results: Sequence[Tensor | None],
+    x: Tensor,
+    mask: Tensor | None,
+    numbers: Sequence[float],
+    constants: Constants,
+) -> None:
+    """Writes a row, or the other results; these and the numbers are those of the kernel."""
+    plan = launch.plan
+    partials = counters = None
+    if plan.splits > 1:
+        partials = x.new_empty((3, plan.splits, launch.layout.C), dtype=torch.float64)
+    if plan.splits > 1 or dict(constants)["CUMULATIVE"]:
+        _, counters = scratch(launch.device, 0, 1 + plan.channel_blocks)
+    constants += (("BLOCK_G", plan.block_g(1)),)
+    launch(stats_kernel, (partials, counters, *results, x, mask), numbers, (1,), constants)
 
 
 @triton.jit
@@ -348,21 +374,13 @@ def write(
 def normalize_kernel(
     y_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
-    running_mean_ptr,  # [C], updated
-    running_var_ptr,  # [C], updated
-    mean_ptr,  # [C], written if there are partials, else read
-    var_ptr,  # [C], likewise
-    count_ptr,  # [] int64, written if there are a mask and partials
-    num_batches_tracked_ptr,  # [], taken back if the mask leaves nothing
-    partials_ptr,  # [3, parts, C] float64: means, sums of squared deviations, counts
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     x_ptr,  # [N, C, S]
     residual_ptr,  # [N, C, S]
     mask_ptr,  # [N, S]: 0 where the input does not count and the output is 0
-    parts: tl.int64,
-    momentum: tl.float64,
-    correction: tl.float64,
     eps: tl.float64,
     p: tl.float64,
     q: tl.float64,
@@ -382,12 +400,9 @@ def normalize_kernel(
     stride_ms,
     G,
     tiles_per_split,
-    CUMULATIVE: tl.constexpr,
-    SKIP_NONFINITE: tl.constexpr,
     PRE: tl.constexpr,
     POST: tl.constexpr,
     GRAD: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -397,39 +412,17 @@ def normalize_kernel(
 ):
     """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual).
 
-    With partials the statistics are theirs, and the programs of the first split store them and
-    move the running ones. The bits tell where the activation's gradient GRAD is that of the
-    identity. Programs and tiles go in the reverse of `stats_kernel`'s order: what it read last may
-    still be in the cache. Grid: (channel blocks * G,).
+    The bits tell where the activation's gradient GRAD is that of the identity. Programs and tiles
+    go in the reverse of `stats_kernel`'s order: what it read last may still be in the cache.
+    Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
     g = pid // blocks
     c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
-    if partials_ptr is not None:
-        count, mean, m2 = merge_stats(partials_ptr, parts, C, c, c_mask, BLOCK_G, BLOCK_C)
-        var = m2 * reciprocal(count)
-        if g == 0:
-            if CUMULATIVE:
-                momentum = reciprocal(tl.load(num_batches_tracked_ptr))
-            store_and_track(
-                *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
-                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None, SKIP_NONFINITE, DTYPE),
-                BLOCK_C,
-            )
-            if count_ptr is not None:
-                if pid == 0:
-                    total = tl.max(count, 0).to(tl.int64)
-                    tl.store(count_ptr, total)
-                    if num_batches_tracked_ptr is not None:
-                        if total == 0:
-                            counted = tl.load(num_batches_tracked_ptr)
-                            tl.store(num_batches_tracked_ptr, counted - 1)
-    else:
-        mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-        var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-    mean = mean.to(DTYPE)
+    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+    var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
     weight = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
     bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
     scale = weight * reciprocal_std(var, eps, DTYPE)
@@ -445,22 +438,6 @@ def normalize_kernel(
             *(stride_mn, stride_ms, PRE, POST, GRAD, "", DTYPE, VEC, CHANNELS_LAST),
             *(BLOCK_N, BLOCK_C, BLOCK_S),
         )
-
-
-def normalize(
-    launch: Launcher,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    constants: Constants,
-) -> None:
-    """Writes y and bits; with partials also mean, var, count and, if given, running statistics.
-
-    `tensors` and `numbers` are those of the kernel, but for `parts`.
-    """
-    partials = tensors[8]
-    parts = 1 if partials is None else partials.shape[1]
-    constants += (("BLOCK_G", 1 if parts == 1 else MERGE),)
-    launch(normalize_kernel, tensors, (parts, *numbers), (0, 1, 2), constants)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
@@ -566,19 +543,10 @@ def forward_kernel(
                 BLOCK_C,
             )
             if slab == group:
-                total = tl.max(count, 0).to(tl.int64)
-                last_to_read = group == 0
-                if CUMULATIVE:
-                    tl.debug_barrier()  # all threads have read it
-                    last_to_read = tl.atomic_add(counters_ptr, 1) == groups - 1
-                    if last_to_read:
-                        tl.store(counters_ptr, 0)
-                if last_to_read:
-                    if count_ptr is not None:
-                        tl.store(count_ptr, total)
-                    if num_batches_tracked_ptr is not None:
-                        counted = tl.load(num_batches_tracked_ptr)
-                        tl.store(num_batches_tracked_ptr, counted + (total > 0).to(tl.int64))
+                count_batch(
+                    *(count, counters_ptr, groups, group, count_ptr, num_batches_tracked_ptr),
+                    CUMULATIVE,
+                )
         mean = mean.to(DTYPE)
         weight = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
         bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
@@ -613,9 +581,10 @@ def batch_stats(
         return mean, torch.zeros_like(mean), torch.zeros((), dtype=torch.int64, device=x.device)
     like = torch.empty_like(x, device="meta")
     launch, (x,), mask = prepare(axis, like, x.dtype, (x,), mask, 0, plan=plan)
-    merged = combine(stats(launch, x, None, mask))
-    mean, m2, count = merged[:, 0]
-    return mean.to(dtype), (m2 / count.clamp(min=1)).to(dtype), count[0].to(torch.int64)
+    row = x.new_empty((2 + 2 * x.shape[axis],), dtype=torch.float64)
+    stats(launch, (row, *[None] * 6), x, mask, (0.0,) * 5, _constants(None, 0.0, 0.0, False, False))
+    count, (mean, m2) = row[1], row[2:].view(2, -1)
+    return mean.to(dtype), (m2 / count.clamp(min=1)).to(dtype), count.to(torch.int64)
 
 
 @or_in_two_launches
@@ -650,18 +619,19 @@ def batch_norm_train(
     launch, (x, residual), mask = prepare(axis, y, y.dtype, (x, residual), mask, 1, save_bits, plan)
     given = (running_mean, running_var, num_batches_tracked)
     running_mean, running_var, num_batches_tracked = states = dense(*given)
-    outputs = (y, bits, running_mean, running_var, mean, var, count, num_batches_tracked)
+    statistics = (running_mean, running_var, mean, var, count, num_batches_tracked)
     inputs = (*dense(weight, bias), x, residual, mask)
-    numbers = (momentum or 0.0, float(correction), eps, p, q)
+    tracking = (momentum or 0.0, float(correction))
     cumulative = momentum is None and running_mean is not None
     constants = _constants(activation, p, q, act_first, save_bits, cumulative, skip_nonfinite)
+    order = (0, 1, 2)
     if launch.plan.tier is not None:
-        tensors = (*outputs, *inputs)
-        launch(forward_kernel, tensors, numbers, (0, 1, 2), constants, results=3)
+        tensors = (y, bits, *statistics, *inputs)
+        launch(forward_kernel, tensors, (*tracking, eps, p, q), order, constants, results=3)
     else:
-        pre = dict(constants)["PRE"]
-        partials = stats(launch, x, num_batches_tracked, mask, pre, p, q)
-        normalize(launch, (*outputs, partials, *inputs), numbers, constants)
+        stats(launch, (None, *statistics), x, mask, (0.0, *tracking, p, q), constants)
+        tensors = (y, bits, mean, var, *inputs)
+        launch(normalize_kernel, tensors, (eps, p, q), order, constants)
     for state, written in zip(given, states, strict=True):
         if state is not written:
             state.copy_(written)
@@ -679,7 +649,6 @@ def _constants(
     cumulative: bool = False,
     skip_nonfinite: bool = False,
 ) -> Constants:
-    """Of the kernels that write y."""
     function, gradient = functions(Activation(activation, p, q))
     return (
         ("CUMULATIVE", cumulative),
@@ -713,11 +682,11 @@ def batch_norm_eval(
         launch, (x, residual), mask = prepare(
             axis, y, y.dtype, (x, residual), mask, 0, save_bits, plan
         )
-        given = (y, bits, None, None, *dense(mean, var), None, None, None)
-        normalize(
-            launch,
-            (*given, *dense(weight, bias), x, residual, mask),
-            (0.0, 0.0, eps, p, q),
+        launch(
+            normalize_kernel,
+            (y, bits, *dense(mean, var, weight, bias), x, residual, mask),
+            (eps, p, q),
+            (0, 1, 2),
             _constants(activation, p, q, act_first, save_bits),
         )
     return y, bits

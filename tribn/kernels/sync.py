@@ -1,8 +1,8 @@
 """Operators of synchronized training: the stages of two launches, cut where ranks are gathered.
 
-`sync_stats` packs a rank's partial statistics into one row, `sync_combine` merges the rows of all
-ranks and moves the running statistics, and evaluation's operator normalizes. In backward the sums
-of `backward_reduce` are a rank's row.
+`stats` leaves a rank's statistics in a row, `sync_combine` merges the rows of all ranks and moves
+the running statistics, and evaluation's operator normalizes. In backward the sums of
+`backward_reduce` are a rank's row.
 """
 
 from __future__ import annotations
@@ -14,33 +14,14 @@ from torch import Tensor
 
 from tribn.kernels import backward, forward
 from tribn.kernels.backward import backward_dx_kernel, reduce
-from tribn.kernels.forward import stats_kernel, store_and_track
+from tribn.kernels.forward import store_and_track
 from tribn.kernels.host import dense, prepare
-from tribn.kernels.tile import PER_CHANNEL, merge_rows, merge_stats, reciprocal
-from tribn.launch import COMBINE_C, MERGE, Plan
+from tribn.kernels.tile import PER_CHANNEL, merge_rows, reciprocal
+from tribn.launch import Plan
 from tribn.reference import kind
 
-
-@triton.jit(do_not_specialize=["kind", "C", "G"], do_not_specialize_on_alignment=["row_ptr"])
-def pack_kernel(
-    row_ptr,  # [2 + 2 * C] float64: kind, count, means, sums of squared deviations
-    partials_ptr,  # [3, G, C] float64: means, sums of squared deviations, counts
-    kind: tl.float64,
-    C: tl.int64,
-    G: tl.int64,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Merges the statistics of G parts into a row. Grid: (channel blocks,)."""
-    pid = tl.program_id(0)
-    c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = c < C
-    count, mean, m2 = merge_stats(partials_ptr, G, C, c, mask, BLOCK_G, BLOCK_C)
-    tl.store(row_ptr + (2 + c), mean, mask)
-    tl.store(row_ptr + (2 + C + c), m2, mask)
-    if pid == 0:
-        head = tl.arange(0, 2).to(tl.int64)
-        tl.store(row_ptr + head, tl.where(head == 0, kind, tl.max(count, 0)))
+MERGE = 16  # ranks that a program merges at once
+CHANNELS = 16  # of such a program: few, for many programs
 
 
 def sync_stats(
@@ -63,13 +44,8 @@ def sync_stats(
     row = x.new_empty((2 + 2 * C,), dtype=torch.float64)
     like = torch.empty_like(x, device="meta")
     launch, (x,), mask = prepare(axis, like, dtype, (x,), mask, 0, plan=plan)
-    partials = x.new_empty((3, launch.plan.splits, C), dtype=torch.float64)
-    function = dict(forward._constants(activation, p, q, act_first, False))["PRE"]
-    launch(stats_kernel, (partials, None, x, mask), (p, q), (1,), (("PRE", function),))
-    with torch.cuda.device_of(row):
-        pack_kernel[(triton.cdiv(C, COMBINE_C),)](
-            row, partials, number, C, partials.shape[1], BLOCK_G=MERGE, BLOCK_C=COMBINE_C
-        )
+    constants = forward._constants(activation, p, q, act_first, False)
+    forward.stats(launch, (row, *[None] * 6), x, mask, (number, 0.0, 0.0, p, q), constants)
     return row
 
 
@@ -149,14 +125,14 @@ def sync_combine(
     cumulative = momentum is None and num_batches_tracked is not None
     tracked = num_batches_tracked.clone() if cumulative else None
     with torch.cuda.device_of(rows):
-        sync_combine_kernel[(triton.cdiv(C, COMBINE_C),)](
+        sync_combine_kernel[(triton.cdiv(C, CHANNELS),)](
             *(*states, mean, var, count, num_batches_tracked, tracked, rows),
             *(momentum or 0.0, float(correction), C, W),
             CUMULATIVE=cumulative,
             SKIP_NONFINITE=skip_nonfinite,
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
             BLOCK_W=MERGE,
-            BLOCK_C=COMBINE_C,
+            BLOCK_C=CHANNELS,
         )
     for state, written in zip(given, states, strict=True):
         if state is not written:
