@@ -229,8 +229,8 @@ def test_what_is_left_out_does_not_grow_with_the_input(tier, G, force):
     assert few == many
     (first, *_), (first_backward, *_), _ = few
     partials = 8 * C * (G if G > 1 else 0)
-    # Besides, mean and variance, and both statistics that run; the parameters' gradients, and in two
-    # launches the sums.
+    # Besides, mean and variance, and both statistics that run; the parameters' gradients, and in
+    # two launches the sums.
     sums = 2 * 8 * C if tier is None else 0
     names = ("stats", "backward_reduce") if tier is None else ("forward", "backward")
     assert first[::2] == (names[0], 3 * partials + 4 * 4 * C)

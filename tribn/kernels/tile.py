@@ -10,7 +10,7 @@ import triton.language as tl
 
 # Arguments that no kernel is compiled anew for: what alignment there is, VEC tells.
 UNSPECIALIZED = [
-    *("N", "C", "S", "G", "parts", "tiles_per_split"),
+    *("N", "C", "S", "G", "tiles_per_split"),
     *("stride_xn", "stride_xo", "stride_yn", "stride_yo", "stride_rn", "stride_ro"),
     *("stride_dyn", "stride_dyo", "stride_dxn", "stride_dxo"),
 ]
