@@ -211,6 +211,16 @@ def test_backward_of_evaluation():
     assert "x" not in launches[0].tensors
 
 
+def test_backward_without_a_gradient_of_the_input():
+    """The parameters' gradients alone: the pass that sums is all."""
+    t = Inputs.of(Case((6, 5, 37)))
+    weight = t.weight.requires_grad_()
+    y = tribn.functional.batch_norm(t.x, None, None, weight, t.bias, True)
+    with counting() as launches:
+        torch.autograd.grad(y, weight, t.dy)
+    assert_agree(launches, [Kernel("backward_reduce", "x dy")], t.x)
+
+
 def small(launch):
     """Bytes read and written of what has a few numbers per channel."""
     others = [a for name, a in launch.tensors.items() if name not in LARGE]
