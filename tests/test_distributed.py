@@ -7,11 +7,12 @@ import inspect
 import os
 import random
 import time
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +35,6 @@ from cases import (
     ulp,
 )
 from ranks import Pool, group_of
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
@@ -329,22 +329,36 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
+        if name == "tribn::gather":
+            with self:
+                return distributed.gather_and_look(*args)
         if name.startswith(("c10d", "_c10d_functional")) and "wait" not in name:
             assert name == "_c10d_functional::all_gather_into_tensor"
             self.bytes.append(args[0].nbytes)
         return function(*args, **(kwargs or {}))
 
 
-def bytes_of(rank, C, dtype, gradient, mode, fake):
+def never(row):
+    return False
+
+
+@contextmanager
+def as_on_a_gpu():
+    """What ranks gather is not looked at."""
+    with mock.patch.object(distributed, "host_looks", never):
+        yield
+
+
+def bytes_of(rank, C, dtype, gradient, mode, looks):
     """What a rank of a new group gives to the collectives of each direction."""
     group = group_of(range(4))
-    with FakeTensorMode() if fake else nullcontext():
-        layer = tribn.SyncBatchNorm(C, process_group=group, activation="relu", dtype=F32)
-        x = torch.randn(3, C, 8).to(dtype).requires_grad_(gradient)
-        if mode == "eval":
-            layer.eval()
-        if mode == "frozen":
-            tribn.freeze(layer)
+    layer = tribn.SyncBatchNorm(C, process_group=group, activation="relu", dtype=F32)
+    x = torch.randn(3, C, 8).to(dtype).requires_grad_(gradient)
+    if mode == "eval":
+        layer.eval()
+    if mode == "frozen":
+        tribn.freeze(layer)
+    with nullcontext() if looks else as_on_a_gpu():
         with Collectives() as forward:
             y = layer(x, residual=x.detach(), mask=torch.ones(3, 8, dtype=torch.bool))
         with Collectives() as backward:
@@ -352,22 +366,19 @@ def bytes_of(rank, C, dtype, gradient, mode, fake):
     return forward.bytes, backward.bytes
 
 
-@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
-def test_one_collective_in_each_direction(dtype, fake, pool):
-    """Of as many bytes as the documentation says, whatever goes along with it.
-
-    Fake tensors have no values to compare, and are given as those on a GPU are.
-    """
+def test_one_collective_in_each_direction(dtype, looks, pool):
+    """Of as many bytes as the documentation says, whatever goes along with it."""
     C = 24
     forward, backward = 16 * C + 16, 16 * C
-    if not fake:
+    if looks:
         forward = backward = forward + 8
-    assert pool(bytes_of, C, dtype, True, "train", fake) == [([forward], [backward])] * 4
+    assert pool(bytes_of, C, dtype, True, "train", looks) == [([forward], [backward])] * 4
     # Parameters alone need nothing from others.
-    assert pool(bytes_of, C, dtype, False, "train", fake) == [([forward], [])] * 4
+    assert pool(bytes_of, C, dtype, False, "train", looks) == [([forward], [])] * 4
     for mode in ("eval", "frozen"):
-        assert pool(bytes_of, C, dtype, True, mode, fake) == [([], [])] * 4
+        assert pool(bytes_of, C, dtype, True, mode, looks) == [([], [])] * 4
 
 
 def late(rank, seed):
@@ -439,17 +450,30 @@ def test_gradients_of_gradients(name, pool):
 
 
 def pushed(rank):
-    """The output of torch.func.jvp, and its tangent."""
+    """Outputs and their tangents: of torch.func.jvp, of several at once, of tangents, backwards."""
     torch.manual_seed(0)
-    x, tangent = torch.randn(2, 9, 3, 4, dtype=F64)
+    x, *tangents = torch.randn(5, 9, 3, 4, dtype=F64)
     options = {"activation": "tanh"}
     if rank is not None:
         share = shares(9, 4, "uneven")[rank]
-        x, tangent = x[share], tangent[share]
+        x, tangents = x[share], [t[share] for t in tangents]
         options["process_group"] = dist.group.WORLD
-    return torch.func.jvp(
-        lambda x: batch_norm(x, None, None, training=True, **options), (x,), (tangent,)
+
+    def function(x):
+        return batch_norm(x, None, None, training=True, **options)
+
+    def push(x, tangent):
+        return torch.func.jvp(function, (x,), (tangent,))[1]
+
+    first, *others = tangents
+    y, of_first = torch.func.jvp(function, (x,), (first,))
+    of_others = torch.func.vmap(partial(push, x))(torch.stack(others))
+    of_tangent = torch.func.jvp(lambda x: push(x, first), (x,), (others[0],))[1]
+    leaf = x.clone().requires_grad_()
+    (backwards,) = torch.autograd.grad(
+        function(leaf), leaf, torch.stack(others), is_grads_batched=True
     )
+    return y, of_first, of_tangent, *of_others, *backwards
 
 
 def test_tangents(pool):
@@ -458,29 +482,62 @@ def test_tangents(pool):
         torch.testing.assert_close(torch.cat([result[i] for result in results]), expected)
 
 
-def compiled(rank, backend, **options):
+def compiled(rank, looks, **options):
     """Steps of a layer, eager and compiled as a whole."""
     results = []
     for compile in (False, True):
         torch.manual_seed(rank)
         layer = tribn.SyncBatchNorm(5, **options)
-        function = torch.compile(layer, fullgraph=True, backend=backend) if compile else layer
+        function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compile else layer
         found = []
-        for _ in range(2):
-            x = torch.randn(3 + rank, 5, 6, requires_grad=True)
-            y = function(x)
-            y.backward(torch.randn_like(y))
-            found += [y.detach(), x.grad]
+        with nullcontext() if looks else as_on_a_gpu():
+            for _ in range(2):
+                x = torch.randn(3 + rank, 5, 6, requires_grad=True)
+                y = function(x)
+                y.backward(torch.randn_like(y))
+                found += [y.detach(), x.grad]
         results.append([*found, *(p.grad for p in layer.parameters()), *layer.buffers()])
     return results
 
 
 @OF_NO_KERNEL
+@pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_compiled_as_a_whole(momentum, pool):
-    for eager, found in pool(partial(compiled, momentum=momentum, activation="silu"), "aot_eager"):
+def test_compiled_as_a_whole(momentum, looks, pool):
+    for eager, found in pool(partial(compiled, momentum=momentum, activation="silu"), looks):
         for ours, expected in zip(found, eager, strict=True):
             torch.testing.assert_close(ours, expected)
+
+
+def compiled_on_one(rank):
+    """One rank compiles what the others do not; then it calls another layer, compiled too."""
+    group = group_of([0, 1, 2], 60)
+    if group is None:
+        return None
+    torch.manual_seed(rank)
+    first, other = (tribn.SyncBatchNorm(C, process_group=group) for C in (5, 6))
+    if rank == 1:
+        first, other = (torch.compile(of, fullgraph=True, backend="aot_eager")
+                        for of in (first, other))  # fmt: skip
+    for _ in range(2):
+        for layer in (first, other):
+            x = torch.randn(4, layer.num_features, requires_grad=True)
+            layer(x).square().sum().backward()
+    layer = other if rank == 1 else first
+    found = attempt(layer, torch.randn(4, layer.num_features))
+    first(torch.randn(4, 5))
+    return *found, first.running_mean
+
+
+@OF_NO_KERNEL
+def test_ranks_may_be_compiled_or_not(pool):
+    means = []
+    for error, text, _, same, mean in pool(compiled_on_one)[:3]:
+        assert error is ValueError
+        assert "on rank 0, 2; 6 channels of torch.float32 on rank 1" in text
+        assert same
+        means.append(mean)
+    assert all(torch.equal(means[0], mean) for mean in means)
 
 
 @OF_NO_KERNEL
@@ -496,7 +553,7 @@ def exported(rank):
     program = torch.export.export(layer, (x,))
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert any("batch_norm" in call for call in calls)
-    assert not any("c10d" in call or "agree" in call for call in calls)
+    assert not any(name in call for call in calls for name in ("c10d", "agree", "gather"))
     torch.testing.assert_close(program.module()(x), layer(x))
     with pytest.raises(Exception, match="export it in evaluation"):
         torch.export.export(layer.train(), (x,))

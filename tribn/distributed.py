@@ -243,6 +243,15 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(gradient, ctx.ranks), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _Sum.apply(tangent, ctx.ranks)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], t: Tensor, ranks: Ranks) -> tuple[Tensor, int]:
+        examples = t.movedim(in_dims[0], 0)
+        return _Sum.apply(examples.flatten(), ranks).view(examples.shape), 0
+
 
 def all_sum(t: Tensor, ranks: Ranks | None) -> Tensor:
     """The sum of all ranks' (C,) tensors, which can be differentiated."""
@@ -254,20 +263,38 @@ def gather(row: Tensor, ranks: Ranks, kind: int) -> Tensor:
 
     Raises:
         ValueError, RuntimeError: see `agree`; another rank's row is of another kind that the ranks
-            have had in common, which only shows on CPUs; the collective has failed.
+            have had in common, which only shows where the host can look; the collective has failed.
     """
+    if host_looks(row):
+        return torch.ops.tribn.gather(row, *ranks, kind)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
         torch.ops.tribn.agree(row, ranks.group, kind)
         return _gathered(row, ranks)
     agree(row, ranks.group, kind)
-    group, length = _resolve(ranks.group), len(row)
-    framed = row.is_cpu and type(row) is Tensor  # not a fake
-    if framed:  # where the host can look: with its kind in front, as long as any may be
-        row = torch.cat((row.new_tensor([kind]), row))
-        row = torch.nn.functional.pad(row, (0, _met(group).longest - length))
+    return _gathered_or_said(row, ranks)
+
+
+def host_looks(row: Tensor) -> bool:
+    """Whether the host waits for a row's values anyway, and can look at them."""
+    return not row.is_cuda
+
+
+def gather_and_look(row: Tensor, group: str, size: int, kind: int) -> Tensor:
+    """`gather` on a CPU: each row with its kind in front, and as long as any may be."""
+    agree(row, group, kind)
+    framed = row.new_zeros(1 + _met(_resolve(group)).longest)
+    framed[0] = kind
+    framed[1 : 1 + len(row)] = row
+    rows = _gathered_or_said(framed, Ranks(group, size))
+    check_same(rows[:, 0].long().tolist())
+    return rows[:, 1 : 1 + len(row)].contiguous()
+
+
+def _gathered_or_said(row: Tensor, ranks: Ranks) -> Tensor:
     try:
-        rows = _gathered(row, ranks)
+        return _gathered(row, ranks)
     except RuntimeError as error:
+        group = _resolve(ranks.group)
         raise RuntimeError(
             f"a collective of synchronized batch norm failed on rank {group.rank()} of "
             f"{ranks.size} in the process group: another has died, or did not come within "
@@ -275,10 +302,6 @@ def gather(row: Tensor, ranks: Ranks, kind: int) -> Tensor:
             "the same order, backward too. Running statistics move only when forward's collective "
             "has succeeded"
         ) from error
-    if framed:
-        check_same(rows[:, 0].long().tolist())
-        rows = rows[:, 1 : 1 + length]
-    return rows
 
 
 def _gathered(row: Tensor, ranks: Ranks) -> Tensor:
@@ -416,3 +439,9 @@ _lib = torch.library.Library("tribn", "FRAGMENT")
 _lib.define("agree(Tensor(a!) row, str group, int kind) -> ()")
 _lib.impl("agree", agree, "CompositeExplicitAutograd")
 torch.library.register_fake("tribn::agree", lambda row, group, kind: None, lib=_lib)
+
+_lib.define("gather(Tensor row, str group, int size, int kind) -> Tensor")
+_lib.impl("gather", gather_and_look, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "tribn::gather", lambda row, group, size, kind: row.new_empty((size, len(row))), lib=_lib
+)

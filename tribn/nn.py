@@ -399,8 +399,8 @@ class SyncBatchNorm(_BatchNorm):
     All processes must run the same synchronized layers in the same order, backward too: the loss of
     a process whose batch is empty must depend on the output all the same. A call raises ValueError
     on every process if they come with numbers of channels or dtypes that differ, and RuntimeError
-    if one has failed or does not come within the group's timeout; that layer's running statistics
-    have not moved then.
+    if one has failed, does not come within the group's timeout, or comes with what is new to it
+    alone; that layer's running statistics have not moved then.
 
     A DTensor's batch is that over the mesh dimension it is sharded along, whatever the group.
 
