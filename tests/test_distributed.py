@@ -381,6 +381,18 @@ def test_one_collective_in_each_direction(dtype, looks, pool):
         assert pool(bytes_of, C, dtype, True, mode, looks) == [([], [])] * 4
 
 
+def checked(rank):
+    name = groups[4].group_name
+    row = torch.randn(12, dtype=F64)
+    torch.library.opcheck(torch.ops.tribn.gather.default, (row, name, 4, kind(F32, 5)))
+    torch.library.opcheck(torch.ops.tribn.agree.default, (row, name, kind(F32, 5)))
+
+
+@OF_NO_KERNEL
+def test_operators_are_what_they_say(pool):
+    pool(checked)
+
+
 def late(rank, seed):
     """Results of two layers when ranks arrive in any order."""
     delays = random.Random(10 * seed + rank)
