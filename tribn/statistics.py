@@ -176,7 +176,8 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: `model` is no module; a layer was given a DTensor, or torch.func.vmap calls it.
-        ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls; nothing moves.
+        ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls; nothing moves
+            where it is raised.
     """
     layers = [layer for layer in _layers(model) if layer.track_running_stats]
     rows: dict[Layer, list[Tensor]] = {}
