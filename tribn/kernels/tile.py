@@ -17,7 +17,7 @@ UNSPECIALIZED = [
 
 # Tensors with a number for each channel or group, and bits: no alignment is assumed of them.
 PER_CHANNEL = [
-    *("bits_ptr", "counters_ptr"),
+    *("bits_ptr", "counters_ptr", "row_ptr", "sums_ptr"),
     *("mean_ptr", "var_ptr", "running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr"),
     *("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "count_ptr"),
 ]
