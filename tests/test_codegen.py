@@ -217,6 +217,7 @@ SYNCHRONIZED = {
     "stats",
     "sync_combine",
     "backward_reduce",
+    "sync_sum",
     "backward_dx",
 }
 
@@ -231,7 +232,7 @@ def test_synchronized_stages(name, ranks, target):
         torch.empty(size, dtype=d, device="meta")
         for size, d in ((C, BF16), ((ranks, 2 + 2 * C), F64))
     )
-    mask, sums = x.select(1, 0).to(torch.bool), torch.empty(2 * C, dtype=F64, device="meta")
+    mask, sums = x.select(1, 0).to(torch.bool), torch.empty(1 + 2 * C, dtype=F64, device="meta")
     act = ("silu", 0.0, 0.0, False)
     tensors, at = (x, x, stat, stat, stat, stat, None, None), (1e-5, 1, *act)
     with compiling(target) as compiled:
@@ -240,10 +241,14 @@ def test_synchronized_stages(name, ranks, target):
         kernels.sync_combine(rows, stat, half, counter, None, 1, True, dtype)
         kernels.sync_combine(rows, None, None, None, 0.1, 0, False, dtype)
         kernels.sync_backward_reduce(*tensors, mask, *at, False, None, [True, True, False])
+        kernels.sync_sum(rows)
         kernels.sync_backward_dx(*tensors, mask, counter, sums, *at, False, x.dtype)
     for kernel in compiled:
         assert_addresses_are_64_bits_wide(kernel)
         assert registers(kernel)[1] == 0, kernel.metadata.name
+        merges = kernel.metadata.name.startswith("sync")
+        assert ("process group differ" in kernel.asm["ttir"]) == merges
+        assert any(end in kernel.asm["llir"] for end in ("__assertfail", "llvm.trap")) == merges
     assert {kernel.metadata.name.removesuffix("_kernel") for kernel in compiled} == SYNCHRONIZED
 
 

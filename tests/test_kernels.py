@@ -1,6 +1,8 @@
 """Every kernel on every launch path, forced by its plan, against the reference and float64."""
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -26,6 +28,8 @@ from cases import (
 )
 from conftest import GPU, assert_untouched_around
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import interpreter_builder as builder
 
 from tribn import launch, reference
 from tribn.launch import collapse, make_plan, vector
@@ -247,7 +251,8 @@ def synchronized(module, inputs, **changes):
         )
         for p, of, out in zip(parts, tensors, like, strict=True)
     ]
-    sums, *grads = (sum(results) for results in list(zip(*reduced, strict=True))[:3])
+    rows, *parts_of_grads = list(zip(*reduced, strict=True))[:3]
+    sums, grads = module.sync_sum(torch.stack(rows)), map(sum, parts_of_grads)
     dx = torch.cat(
         [
             module.sync_backward_dx(
@@ -274,17 +279,56 @@ def test_synchronized_on_every_path(case, path, device):
     assert_all_accurate(results, train(reference, inputs), oracle)
 
 
-def test_ranks_that_differ_make_the_statistics_nan_and_move_nothing(device):
-    """Also beyond the rows that are merged at once."""
-    rows = torch.rand(MERGE + 3, 2 + 2 * 20, dtype=F64, device=device)
+DIFFER = "process group differ: all must call the same layers"
+
+
+# Which differs: also one beyond those that are merged at once
+@pytest.mark.parametrize("rank", [0, 1, MERGE, MERGE + 2])
+@pytest.mark.skipif(not INTERPRET, reason="a GPU's failed assertion spoils its process")
+def test_ranks_that_differ_fail_and_move_nothing(rank, monkeypatch):
+    monkeypatch.setattr(builder, "options", replace(builder.options, debug=True))
+    rows = torch.rand(MERGE + 3, 2 + 2 * 20, dtype=F64)
     rows[:, 0] = reference.kind(F32, 20)
-    rows[-1, 0] += 1
-    running, counter = torch.rand(2, 20, device=device), torch.tensor(4, device=device)
+    rows[rank, 0] += 1
+    running, counter = torch.rand(2, 20), torch.tensor(4)
     before = running.clone()
-    statistics = kernels.sync_combine(rows, *running, counter, None, 1, False, F32)
-    assert all(t.isnan().all() for t in statistics[:2])
+    with pytest.raises(InterpreterError, match=DIFFER):
+        kernels.sync_combine(rows, *running, counter, None, 1, False, F32)
+    with pytest.raises(InterpreterError, match=DIFFER):
+        kernels.sync_sum(rows)
     assert torch.equal(running, before)
     assert counter == 4
+
+
+@pytest.mark.parametrize(
+    "merge", ["sync_sum(rows)", "sync_combine(rows, *[None] * 3, 0.1, 1, 0, F32)"]
+)
+@pytest.mark.skipif(not GPU, reason="without a GPU the interpreter fails, in the test above")
+def test_ranks_that_differ_fail_on_a_gpu(merge):
+    code = f"""
+import torch
+from torch import float32 as F32
+from tribn import kernels
+rows = torch.zeros(2, 42, dtype=torch.float64, device="cuda")
+kernels.{merge}
+torch.cuda.synchronize()
+print("alike")
+rows[1, 0] = 1
+kernels.{merge}
+torch.cuda.synchronize()
+print("unnoticed")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout == "alike\n"
+    assert DIFFER in ended.stderr
+    assert ended.returncode != 0
+
+
+@pytest.mark.parametrize("ranks", [1, MERGE, 2 * MERGE + 3])
+def test_rows_of_many_ranks_are_added_up_as_the_reference_does(ranks, device):
+    rows = torch.randn(ranks, 1 + 2 * 20, dtype=F64, device=device)
+    rows[:, 0] = reference.kind(F16, 20, "backward")
+    torch.testing.assert_close(kernels.sync_sum(rows), reference.sync_sum(rows))
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -326,6 +370,7 @@ def test_the_host_reads_nothing_between_the_ranks(shape, device):
         rows = kernels.sync_stats(x, mask, F32, 1, *PLAIN).expand(3, -1)
         *_, count = kernels.sync_combine(rows, mean, var, counter, None, 1, False, F32)
         sums, *_ = kernels.sync_backward_reduce(*tensors, *rest, None, [True, True, False])
+        sums = kernels.sync_sum(sums.expand(3, -1))
         kernels.sync_backward_dx(*tensors, count, sums, *rest, F32)
     assert counter == (5 if x.numel() else 4)
     assert count == 3 * x.numel() // 5

@@ -43,7 +43,7 @@ def test_a_step_has_two_collectives_a_layer():
     assert C == 26560
     seconds = sync.collectives_seconds("resnet50", 8, H100)
     latency = 2 * 53 * (6.6e-6 + 7 * 0.6e-6)
-    assert seconds == pytest.approx(latency + 7 * (32 * C + 16 * 53) / 141e9)
+    assert seconds == pytest.approx(latency + 7 * (32 * C + 24 * 53) / 141e9)
 
 
 def test_layers_take_their_bytes_at_the_datasheets_bandwidth():
@@ -98,8 +98,8 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
     rows = {(row["provider"], row["direction"]): row for row in report["rows"]}
     bytes_given = {key: row["bytes"] for key, row in rows.items()}
     assert bytes_given == {
-        ("tribn", "forward"): 8 + 16 * 3 + 16,
-        ("tribn", "backward"): 8 + 16 * 3 + 16,
+        ("tribn", "forward"): 16 * 3 + 16,
+        ("tribn", "backward"): 16 * 3 + 16,
         ("torch's stages", "forward"): 4 * (2 * 3 + 1),
         ("torch's stages", "backward"): 4 * 2 * 3,
     }

@@ -134,7 +134,8 @@ def _backward(
     )
     dx = None
     if wanted[0]:
-        sums = gather(sums, ranks, kind(dy.dtype, len(mean), "backward")).sum(0)
+        rows = gather(sums, ranks, kind(dy.dtype, len(mean), "backward"))
+        sums = ops.run(ops.sync_sum, plain, rows)
         dx = ops.run(ops.sync_backward_dx, plain, *tensors, count, sums, *options, dtype)
     return dx, *grads
 
@@ -232,8 +233,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(t: Tensor, ranks: Ranks) -> Tensor:
-        rows = gather(t.double(), ranks, kind(t.dtype, len(t), "the gradient of backward"))
-        return rows.sum(0).to(t.dtype)
+        number = kind(t.dtype, len(t), "the gradient of backward")
+        row = torch.cat((t.new_full((1,), number, dtype=torch.float64), t))
+        return ops.sync_sum(gather(row, ranks, number))[1:].to(t.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -259,11 +261,12 @@ def all_sum(t: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def gather(row: Tensor, ranks: Ranks, kind: int) -> Tensor:
-    """All ranks' rows, [ranks, len(row)], of which each is of the same kind.
+    """All ranks' rows, [ranks, len(row)], of which each begins with its kind, `kind`.
 
     Raises:
         ValueError, RuntimeError: see `agree`; another rank's row is of another kind that the ranks
-            have had in common, which only shows where the host can look; the collective has failed.
+            have had in common, which only shows where the host can look, and elsewhere to the
+            operators that merge rows; the collective has failed.
     """
     if host_looks(row):
         return torch.ops.tribn.gather(row, *ranks, kind)  # type: ignore[no-any-return]
@@ -280,14 +283,13 @@ def host_looks(row: Tensor) -> bool:
 
 
 def gather_and_look(row: Tensor, group: str, size: int, kind: int) -> Tensor:
-    """`gather` on a CPU: each row with its kind in front, and as long as any may be."""
+    """`gather` on a CPU: each row as long as any may be."""
     agree(row, group, kind)
-    framed = row.new_zeros(1 + _met(_resolve(group)).longest)
-    framed[0] = kind
-    framed[1 : 1 + len(row)] = row
-    rows = _gathered_or_said(framed, Ranks(group, size))
+    padded = row.new_zeros(_met(_resolve(group)).longest)
+    padded[: len(row)] = row
+    rows = _gathered_or_said(padded, Ranks(group, size))
     check_same(rows[:, 0].long().tolist())
-    return rows[:, 1 : 1 + len(row)].contiguous()
+    return rows[:, : len(row)].contiguous()
 
 
 def _gathered_or_said(row: Tensor, ranks: Ranks) -> Tensor:

@@ -241,7 +241,7 @@ def _fake_sync_backward_reduce(
     like = dy if x is None else x
     dweight, dbias = (torch.empty_like(mean) if w else None for w in wanted[:2])
     dresidual = torch.empty_like(like, dtype=residual_dtype) if wanted[2] else None
-    return mean.new_empty(2 * len(mean), dtype=torch.float64), dweight, dbias, dresidual
+    return mean.new_empty(1 + 2 * len(mean), dtype=torch.float64), dweight, dbias, dresidual
 
 
 sync_backward_reduce = _define(
@@ -251,6 +251,11 @@ sync_backward_reduce = _define(
     f" {_ACTIVATION}, bool from_output, ScalarType? residual_dtype, bool[3] wanted)"
     " -> (Tensor sums, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _fake_sync_backward_reduce,
+)
+
+
+sync_sum = _define(
+    "sync_sum", "(Tensor rows) -> Tensor sum", lambda rows: rows.new_empty(rows.shape[1:])
 )
 
 

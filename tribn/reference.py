@@ -291,8 +291,9 @@ def _upstream(
     return g, source, a, mean
 
 
-# Synchronized training: the same stages, between which what the ranks have is gathered. In forward
-# a rank's row of float64 numbers is [C and dtype, count, C means, C sums of squared deviations].
+# Synchronized training: the same stages, between which what the ranks have is gathered. A rank's
+# row of float64 numbers begins with its kind, by which ranks that differ are found out. In forward
+# there follow count, C means and C sums of squared deviations, in backward C and C sums.
 
 
 def sync_stats(
@@ -362,7 +363,7 @@ def sync_backward_reduce(
     residual_dtype: torch.dtype | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """This rank's sums of g and g * (x - mean), [2 * C] float64; dweight, dbias and dresidual.
+    """This rank's row of sums of g and g * (x - mean), [1 + 2 * C]; dweight, dbias and dresidual.
 
     As in `batch_norm_backward`; without x the second sum is 0.
     """
@@ -379,12 +380,23 @@ def sync_backward_reduce(
     # As in evaluation, where they are all that there is to sum up.
     _, dweight, dbias = _backward(g, a, mean, var, weight, eps, False, axis, [False, True, True])
     assert dbias is not None
-    sums = torch.zeros(2, len(mean), dtype=torch.float64, device=dy.device)
+    row = torch.zeros(1 + 2 * len(mean), dtype=torch.float64, device=dy.device)
+    row[0] = kind(dy.dtype, len(mean), "backward")
+    sums = row[1:].view(2, -1)
     sums[0] = dbias
     if dweight is not None:
         sums[1] = dweight * (var + eps).double().sqrt()
     dweight, dbias = (t if w else None for t, w in zip((dweight, dbias), wanted, strict=False))
-    return sums.flatten(), dweight, dbias, dresidual
+    return row, dweight, dbias, dresidual
+
+
+def sync_sum(rows: Tensor) -> Tensor:
+    """The sum of all ranks' rows [W, n], and what they are of in front of it.
+
+    Raises ValueError if they are not of one kind.
+    """
+    check_same(rows[:, 0].long().tolist())
+    return torch.cat((rows[0, :1], rows[:, 1:].sum(0)))
 
 
 def sync_backward_dx(
@@ -408,14 +420,14 @@ def sync_backward_dx(
     from_output: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of x by the sums [2 * C] and the count of all ranks."""
+    """The gradient of x by the sums [1 + 2 * C] and the count of all ranks."""
     act = Activation(activation, p, q)
     g, source, a, mean = _upstream(
         *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
     )
     assert a is not None
     shape = [-1 if d == axis else 1 for d in range(dy.dim())]
-    offset, slope = (sums / count.clamp(min=1)).view(2, -1)
+    offset, slope = (sums[1:] / count.clamp(min=1)).view(2, -1)
     offset, slope = (t.to(mean.dtype).view(shape) for t in (offset, slope / (var + eps)))
     weight, var = _cast(mean.dtype, weight, var)
     # In one piece of memory: new ones are slow.

@@ -16,7 +16,7 @@ from tribn.activation import Activation, parse
 from tribn.distributed import gather, is_dtensor, meet
 from tribn.functional import batch_stats, check_model, computing_again, mask_of, merge_stats
 from tribn.nn import Layer, ranks_of
-from tribn.reference import DONE, accumulator, kind
+from tribn.reference import DONE, accumulator, check_same, kind
 from tribn.vmap import levels
 
 WIDTH = 30  # of the progress bar
@@ -144,9 +144,11 @@ def _in_step(
 def _of_all_ranks(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> Moments:
     if (ranks := ranks_of(layer)) is None:
         return mean, var, count
-    row = torch.stack((mean, var, count.to(mean).expand_as(mean)))
-    rows = gather(row.flatten(), ranks, kind(row.dtype, len(mean), "a data set"))
-    parts = [(m, v, n.long()) for m, v, n in rows.unflatten(1, row.shape)]
+    number = kind(mean.dtype, len(mean), "a data set")
+    of = torch.stack((mean, var, count.to(mean).expand_as(mean)))
+    rows = gather(torch.cat((of.new_full((1,), number), of.flatten())), ranks, number)
+    check_same(rows[:, 0].long().tolist())
+    parts = [(m, v, n.long()) for m, v, n in rows[:, 1:].unflatten(1, of.shape)]
     return reduce(lambda total, part: merge_stats(*total, *part), parts)
 
 

@@ -2,7 +2,13 @@
 
 from tribn.kernels.backward import batch_norm_backward
 from tribn.kernels.forward import batch_norm_eval, batch_norm_train, batch_stats
-from tribn.kernels.sync import sync_backward_dx, sync_backward_reduce, sync_combine, sync_stats
+from tribn.kernels.sync import (
+    sync_backward_dx,
+    sync_backward_reduce,
+    sync_combine,
+    sync_stats,
+    sync_sum,
+)
 
 __all__ = [
     "batch_norm_backward",
@@ -13,4 +19,5 @@ __all__ = [
     "sync_backward_reduce",
     "sync_combine",
     "sync_stats",
+    "sync_sum",
 ]

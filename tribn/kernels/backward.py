@@ -205,7 +205,7 @@ def store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask):
 def backward_reduce_kernel(
     partials_ptr,  # [2, G, C] float64: sums of g and of g * (PRE(x) - mean), for G > 1
     counters_ptr,  # [1 + channel blocks] int32: see `forward_kernel`, for G > 1
-    sums_ptr,  # [2, C] float64: of all splits
+    sums_ptr,  # [1 + 2 * C] float64: kind, sums of all splits
     dx_ptr,  # [N, C, S], in evaluation only
     dresidual_ptr,  # [N, C, S]
     dweight_ptr,  # [C]
@@ -219,6 +219,7 @@ def backward_reduce_kernel(
     residual_ptr,  # [N, C, S]
     bits_ptr,  # a bit for every element of y: see tile.py
     mask_ptr,  # [N, S]: 0 where the input does not count
+    kind: tl.float64,
     eps: tl.float64,
     p: tl.float64,
     q: tl.float64,
@@ -300,19 +301,20 @@ def backward_reduce_kernel(
     sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
     results = (sums_ptr, dweight_ptr, dbias_ptr)
     if partials_ptr is None:
-        store_results(sum_g, sum_g_x, rstd, C, c, c_mask, *results)
+        store_results(kind, sum_g, sum_g_x, rstd, C, c, c_mask, *results)
     else:
         store_sums(partials_ptr, g.to(tl.int64) * C + c, sum_g, sum_g_x, G, C, c_mask)
         if is_last(counters_ptr + (1 + pid % blocks).to(tl.int64), G, g):
             sum_g, sum_g_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
-            store_results(sum_g, sum_g_x, rstd, C, c, c_mask, *results)
+            store_results(kind, sum_g, sum_g_x, rstd, C, c, c_mask, *results)
 
 
 @triton.jit
-def store_results(sum_g, sum_g_x, rstd, C, c, c_mask, sums_ptr, dweight_ptr, dbias_ptr):
+def store_results(kind, sum_g, sum_g_x, rstd, C, c, c_mask, sums_ptr, dweight_ptr, dbias_ptr):
     """Stores the sums and the gradients that they are, those of them that are wanted."""
     if sums_ptr is not None:
-        store_sums(sums_ptr, c, sum_g, sum_g_x, 1, C, c_mask)
+        store_sums(sums_ptr, 1 + c, sum_g, sum_g_x, 1, C, c_mask)
+        tl.store(sums_ptr + c, kind, c == 0)
     store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
 
 
@@ -405,7 +407,7 @@ def backward_dx_kernel(
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     count_ptr,  # [] values of a channel that count, with a mask only
-    sums_ptr,  # [2, C] float64: of g and of g * (PRE(x) - mean), in training only
+    sums_ptr,  # [1 + 2 * C] float64: kind, sums of g and of g * (PRE(x) - mean), in training only
     x_ptr,  # [N, C, S], y with INVERSE; in training or if an activation needs it
     dy_ptr,  # [N, C, S]
     residual_ptr,  # [N, C, S]
@@ -461,8 +463,8 @@ def backward_dx_kernel(
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     offset, slope = mean, mean
     if sums_ptr is not None:
-        sum_g = tl.load(sums_ptr + c, c_mask, other=0.0)
-        sum_g_x = tl.load(sums_ptr + C + c, c_mask, other=0.0)
+        sum_g = tl.load(sums_ptr + (1 + c), c_mask, other=0.0)
+        sum_g_x = tl.load(sums_ptr + (1 + C + c), c_mask, other=0.0)
         offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
     for tile in range(last - 1, first - 1, -1):
         dy, x, more = load_inputs(
@@ -699,9 +701,9 @@ def batch_norm_backward(
     sums = None
     if training or wants_weight or wants_bias or wants_residual:
         if training and wants_x:
-            sums = mean.new_empty((2, len(mean)), dtype=torch.float64)
+            sums = mean.new_empty((1 + 2 * len(mean),), dtype=torch.float64)
         results = (sums, None if training else dx, dresidual, dweight, dbias)
-        reduce(launch, results, channels, inputs, numbers, constants)
+        reduce(launch, results, channels, inputs, (0.0, *numbers), constants)
         if sums is None:
             return dx, dweight, dbias, dresidual
     if dresidual is not None and dresidual.dtype == dy.dtype and not act_first:

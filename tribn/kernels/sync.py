@@ -2,10 +2,13 @@
 
 `stats` leaves a rank's statistics in a row, `sync_combine` merges the rows of all ranks and moves
 the running statistics, and evaluation's operator normalizes. In backward the sums of
-`backward_reduce` are a rank's row.
+`backward_reduce` are a rank's row, and `sync_sum` adds up those of all. What merges rows asserts on
+the device that they are of one kind: the host, which does not wait for them, cannot tell.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +25,16 @@ from tribn.reference import kind
 
 MERGE = 16  # ranks that a program merges at once
 CHANNELS = 16  # of such a program: few, for many programs
+DIFFER = tl.constexpr(
+    "the ranks of a synchronized batch norm's process group differ: all must call the same layers "
+    "in the same order, with inputs of one dtype"
+)
+# How kernels are compiled that assert: Triton takes assertions for debugging.
+ASSERTING: dict[str, Any] = {
+    "do_not_specialize": ["C", "W", "size"],
+    "do_not_specialize_on_alignment": PER_CHANNEL,
+    "debug": True,
+}
 
 
 def sync_stats(
@@ -49,7 +62,18 @@ def sync_stats(
     return row
 
 
-@triton.jit(do_not_specialize=["C", "W"], do_not_specialize_on_alignment=PER_CHANNEL)
+@triton.jit
+def assert_one_kind(rows_ptr, stride, W, BLOCK_W: tl.constexpr):
+    """That W rows, which are so far apart, begin with the same number."""
+    first = tl.load(rows_ptr)
+    for start in range(0, W, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        kinds = tl.load(rows_ptr + w * stride, w < W, other=0.0)
+        same = (w >= W) | (kinds == first)
+        tl.device_assert(same, DIFFER)
+
+
+@triton.jit(**ASSERTING)
 def sync_combine_kernel(
     running_mean_ptr,  # [C], updated
     running_var_ptr,  # [C], updated
@@ -71,23 +95,16 @@ def sync_combine_kernel(
 ):
     """Merges the statistics of W ranks, and moves the running ones towards them.
 
-    If the ranks' kinds differ the statistics are NaN, and nothing moves. Grid: (channel blocks,).
+    Grid: (channel blocks,).
     """
     pid = tl.program_id(0)
     c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     stride = 2 + 2 * C
-    first = tl.load(rows_ptr)
-    differing = tl.zeros([BLOCK_W], tl.int32)
-    for start in range(0, W, BLOCK_W):
-        w = start + tl.arange(0, BLOCK_W)
-        kinds = tl.load(rows_ptr + w * stride, w < W, other=0.0)
-        differing += ((w < W) & (kinds != first)).to(tl.int32)
+    assert_one_kind(rows_ptr, stride, W, BLOCK_W)
     count, mean, m2 = merge_rows(
         *(rows_ptr, W, stride, 2 + c, 2 + C + c, 1 + 0 * c, c_mask, BLOCK_W, BLOCK_C)
     )
-    if tl.sum(differing, 0) > 0:
-        count, mean, m2 = count * 0, mean + float("nan"), m2 + float("nan")
     if CUMULATIVE:
         momentum = reciprocal(tl.load(tracked_ptr) + 1)
     var = m2 * reciprocal(count)
@@ -133,6 +150,7 @@ def sync_combine(
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
             BLOCK_W=MERGE,
             BLOCK_C=CHANNELS,
+            sanitize_overflow=False,
         )
     for state, written in zip(given, states, strict=True):
         if state is not written:
@@ -170,22 +188,59 @@ def sync_backward_reduce(
     dresidual = None
     if wanted[2]:
         dresidual = torch.empty_like(like, dtype=residual_dtype, device=dy.device)
+    number = float(kind(dy.dtype, len(mean), "backward"))
     if not dy.numel():
-        sums = mean.new_zeros((2 * len(mean),), dtype=torch.float64)
+        sums = mean.new_zeros((1 + 2 * len(mean),), dtype=torch.float64)
+        sums[0].fill_(number)
         return sums, dweight, dbias, dresidual
     launch, (x, dy, residual), mask = prepare(
         axis, like, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
     )
-    sums = mean.new_empty((2 * len(mean),), dtype=torch.float64)
+    sums = mean.new_empty((1 + 2 * len(mean),), dtype=torch.float64)
     reduce(
         launch,
         (sums, None, dresidual, dweight, dbias),
         dense(mean, var, weight, bias),
         (x, dy, residual, bits, mask),
-        (eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
+        (number, eps, p, torch.finfo(dy.dtype).eps / 2 if from_output else q),
         backward._constants(activation, p, q, act_first, from_output, False),
     )
     return sums, dweight, dbias, dresidual
+
+
+@triton.jit(**ASSERTING)
+def sync_sum_kernel(
+    sum_ptr,  # [size] float64
+    rows_ptr,  # [W, size] float64: kinds, and what is added up
+    size: tl.int64,
+    W: tl.int64,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Adds up the rows of W ranks. Grid: (blocks of their numbers,)."""
+    assert_one_kind(rows_ptr, size, W, BLOCK_W)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_C], tl.float64)
+    for start in range(0, W, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        exists = (w < W)[:, None] & (i < size)[None, :]
+        rows = tl.load(rows_ptr + w[:, None] * size + i[None, :], exists, other=0.0)
+        total += tl.sum(rows, 0)
+    tl.store(sum_ptr + i, tl.where(i == 0, tl.load(rows_ptr), total), i < size)
+
+
+def sync_sum(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    W, size = rows.shape
+    total = rows.new_empty((size,))
+    with torch.cuda.device_of(rows):
+        sync_sum_kernel[(triton.cdiv(size, CHANNELS),)](
+            *(total, rows, size, W),
+            BLOCK_W=MERGE,
+            BLOCK_C=CHANNELS,
+            sanitize_overflow=False,
+        )
+    return total
 
 
 def sync_backward_dx(
