@@ -55,14 +55,14 @@ ACTIVATIONS = {"bn": None, "bn_relu": "relu"}  # by op
 # is measured: with launches and without.
 LAYERS: dict[str, dict[str, tuple[Any, str]]] = {
     "forward": {
-        "functional": (tribn.nn, "batch_norm"),
-        "autograd": (functional.BatchNormTrain, "apply"),
+        "functional": (tribn.nn, "normalize"),
+        "autograd": (functional.BatchNormTrain, "apply_plain"),
         "op": (ops, "run"),
-        **dict.fromkeys(("launch", "launcher"), (kernels, "batch_norm_train")),
+        **dict.fromkeys(("launch", "launcher"), (kernels, "repeated")),
     },
     "backward": {
         "op": (ops, "run"),
-        **dict.fromkeys(("launch", "launcher"), (kernels, "batch_norm_backward")),
+        **dict.fromkeys(("launch", "launcher"), (kernels, "repeated")),
     },
 }
 # What is timed without a GPU

@@ -52,12 +52,13 @@ def calls(shape):
     for tensors, training, activation, *dtypes, wanted in backward:
         rest = (EPS, training, 1, *activation, activation == LEAKY, *dtypes, wanted)
         yield ops.batch_norm_backward, (*tensors, *rest)
-    rows, sums = torch.rand(3, 2 + 2 * C, dtype=F64), torch.rand(2 * C, dtype=F64)
+    rows, sums = torch.rand(3, 2 + 2 * C, dtype=F64), torch.rand(1 + 2 * C, dtype=F64)
     rows[:, :2] = torch.tensor([reference.kind(F32, C), 7])
     for activation in (RELU, TANH_FIRST):
         yield ops.sync_stats, (x, mask, F32, 1, *activation)
     yield ops.sync_combine, (rows, *states, None, 1, True, F32)
     yield ops.sync_combine, (rows, *absent, 0.1, 0, False, F64)
+    yield ops.sync_sum, (rows,)
     for tensors, training, activation, *dtypes, wanted in backward:
         rest = (EPS, 1, *activation, False)
         yield ops.sync_backward_reduce, (*tensors[:-1], *rest, dtypes[1], wanted[1:])

@@ -87,11 +87,10 @@ def _keep(
 
 
 class _Function(torch.autograd.Function):
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if args[-1]:  # Function.apply looks at every argument, for functorch: not at plain ones.
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-        return super().apply(*args)
+    apply_plain: Callable[..., Tensor]  # `apply` without its look at all arguments, for functorch
+
+    def __init_subclass__(cls) -> None:
+        cls.apply_plain = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
 
 class BatchNormTrain(_Function):
@@ -109,12 +108,12 @@ class BatchNormTrain(_Function):
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
         options: Options,
-        plain: bool,
+        repeats: ops.Repeats | None,
     ) -> Tensor:
         from_output = options.inplace and options.keep_x and _can_undo(weight, bias)
+        tensors = x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked
         y, mean, var, count, bits = distributed.batch_norm_train(
-            *(options.ranks, plain, x, weight, bias, residual, mask),
-            *(running_mean, running_var, num_batches_tracked, *options.forward),
+            options.ranks, repeats, (*tensors, *options.forward)
         )
         kept = y if from_output else x
         save(
@@ -141,12 +140,10 @@ class BatchNormEval(_Function):
         mean: Tensor,
         var: Tensor,
         options: Options,
-        plain: bool,
+        repeats: ops.Repeats | None,
     ) -> Tensor:
-        y, bits = ops.run(
-            *(ops.batch_norm_eval, plain, x, mean, var, weight, bias, residual, mask),
-            *options.forward,
-        )
+        tensors = x, mean, var, weight, bias, residual, mask
+        y, bits = ops.run(ops.batch_norm_eval, repeats, (*tensors, *options.forward))
         save(ctx, options, x, mean, var, weight, bias, residual, bits, mask, None, y)
         return y  # type: ignore[no-any-return]
 
@@ -223,22 +220,22 @@ def backward(ctx: Any, dy: Tensor) -> Grads:
         else:
             dx, dweight, dbias, dresidual = BatchNormBackward.apply(*args)
     else:
-        plain = _plain(options.signature, [t for t in (dy, *tensors) if t is not None])
+        repeats = _repeats(options.signature, [t for t in (dy, *tensors) if t is not None])
         dx, dweight, dbias, dresidual = distributed.batch_norm_backward(
-            *(options.ranks, plain, dy, *tensors, *options.backward, *rest)
+            options.ranks, repeats, (dy, *tensors, *options.backward, *rest)
         )
     if needs_residual and not changed:
         dresidual = dy.to(residual_dtype)
     return dx, dweight, dbias, dresidual
 
 
-def _plain(signature: ops.Signature | None, tensors: list[Tensor]) -> bool:
+def _repeats(signature: ops.Signature | None, tensors: list[Tensor]) -> ops.Repeats | None:
     if signature is None or torch.compiler.is_compiling():
-        return False
+        return None
     if signature.recall(tensors):
-        return True
+        return signature.repeats
     signature.remember(tensors, True)
-    return False
+    return None
 
 
 def _with_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -260,8 +257,7 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Grads:
-        *args_of_operator, _, ranks = args
-        return distributed.batch_norm_backward(ranks, False, *args_of_operator)  # type: ignore[no-any-return]
+        return distributed.batch_norm_backward(args[-1], None, args[:-2])  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:

@@ -8,7 +8,7 @@ first. The host waits for nothing on a GPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -61,23 +61,27 @@ def check_group(group: Any) -> None:
         )
 
 
-def batch_norm_train(ranks: Ranks | None, plain: bool, *args: Any) -> Any:
+def batch_norm_train(
+    ranks: Ranks | None, repeats: ops.Repeats | None, args: tuple[Any, ...]
+) -> Any:
     """The operator of that name, with the batches of all ranks as one."""
     if ranks is None:
-        return ops.run(ops.batch_norm_train, plain, *args)
-    return _train(ranks, plain, *args)
+        return ops.run(ops.batch_norm_train, repeats, args)
+    return _train(ranks, repeats, *args)
 
 
-def batch_norm_backward(ranks: Ranks | None, plain: bool, *args: Any) -> Any:
+def batch_norm_backward(
+    ranks: Ranks | None, repeats: ops.Repeats | None, args: tuple[Any, ...]
+) -> Any:
     """The operator of that name; the gradients of weight and bias are of this rank's batch."""
     if ranks is None:
-        return ops.run(ops.batch_norm_backward, plain, *args)
-    return _backward(ranks, plain, *args)
+        return ops.run(ops.batch_norm_backward, repeats, args)
+    return _backward(ranks, repeats, *args)
 
 
 def _train(
     ranks: Ranks,
-    plain: bool,
+    repeats: ops.Repeats | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -95,22 +99,19 @@ def _train(
     dtype = accumulator(
         x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     )
-    row = ops.run(ops.sync_stats, plain, x, mask, dtype, axis, *activation)
+    row = ops.run(ops.sync_stats, repeats, (x, mask, dtype, axis, *activation))
     rows = gather(row, ranks, kind(x.dtype, x.shape[axis]))
-    mean, var, count = ops.run(
-        *(ops.sync_combine, plain, rows),
-        *(running_mean, running_var, num_batches_tracked),
-        *(momentum, correction, skip_nonfinite, dtype),
-    )
-    y, bits = ops.run(
-        *(ops.batch_norm_eval, plain, x, mean, var, weight, bias, residual, mask, *options)
-    )
+    running = (running_mean, running_var, num_batches_tracked)
+    tracking = (momentum, correction, skip_nonfinite, dtype)
+    mean, var, count = ops.run(ops.sync_combine, repeats, (rows, *running, *tracking))
+    tensors = (x, mean, var, weight, bias, residual, mask)
+    y, bits = ops.run(ops.batch_norm_eval, repeats, (*tensors, *options))
     return y, mean, var, count, bits
 
 
 def _backward(
     ranks: Ranks,
-    plain: bool,
+    repeats: ops.Repeats | None,
     dy: Tensor,
     x: Tensor | None,
     mean: Tensor,
@@ -130,13 +131,15 @@ def _backward(
     tensors = (dy, x, mean, var, weight, bias, residual, bits, mask)
     options = (eps, axis, *activation)
     sums, *grads = ops.run(
-        ops.sync_backward_reduce, plain, *tensors, *options, residual_dtype, wanted[1:]
+        *(ops.sync_backward_reduce, repeats),
+        (*tensors, *options, residual_dtype, wanted[1:]),
     )
     dx = None
     if wanted[0]:
         rows = gather(sums, ranks, kind(dy.dtype, len(mean), "backward"))
-        sums = ops.run(ops.sync_sum, plain, rows)
-        dx = ops.run(ops.sync_backward_dx, plain, *tensors, count, sums, *options, dtype)
+        sums = ops.run(ops.sync_sum, repeats, (rows,))
+        args = (*tensors, count, sums, *options, dtype)
+        dx = ops.run(ops.sync_backward_dx, repeats, args)
     return dx, *grads
 
 
@@ -145,8 +148,8 @@ def is_dtensor(t: Tensor) -> bool:
     return tensor is not None and isinstance(t, tensor.DTensor)
 
 
-def on_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`tribn.functional.batch_norm` of a DTensor: all shards are one batch, and so is the output.
+def on_shards(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`tribn.functional.normalize` of a DTensor: all shards are one batch, and so is the output.
 
     What else it is given may be DTensors too. Gradients of weight and bias that are none are those
     of the local shard.
@@ -157,12 +160,12 @@ def on_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             another otherwise than the input, or lengths where that is divided by their axis.
     """
 
-    def run(
-        input: Any, *per_channel: Any, channel_axis: int, process_group: Any, **options: Any
-    ) -> Any:
+    def run(tensors: Sequence[Any], numbers: Sequence[Any], process_group: Any, layer: Any) -> Any:
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-        mesh, placements, axis = input.device_mesh, input.placements, channel_axis % input.dim()
+        input, residual, mask, lengths, *per_channel, num_batches_tracked = tensors
+        layer._check_input(input)
+        mesh, placements, axis = input.device_mesh, input.placements, numbers[3] % input.dim()
         dims = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
         if len(dims) > 1 or not all(placements[d].is_shard() for d in dims):
             raise ValueError(
@@ -208,12 +211,13 @@ def on_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 )
             return t.to_local()
 
-        y = function(
-            input.to_local(),
-            *map(whole, per_channel),
-            channel_axis=channel_axis,
-            process_group=mesh.get_group(dims[0]) if dims else None,
-            **{name: local(name, value) for name, value in options.items()},
+        others = {"residual": residual, "mask": mask, "lengths": lengths}
+        y = normalize(
+            (
+                *(input.to_local(), *(local(name, t) for name, t in others.items())),
+                *(*map(whole, per_channel), local("num_batches_tracked", num_batches_tracked)),
+            ),
+            *(numbers, mesh.get_group(dims[0]) if dims else None, layer),
         )
         like = torch.empty_strided(input.shape, input.stride(), device="meta")
         return DTensor.from_local(

@@ -1,9 +1,9 @@
 """Batch normalization as functions: signatures, validation and the policy of running statistics."""
 
 import math
-from functools import lru_cache
 from numbers import Real
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,35 +102,47 @@ def batch_norm(
         *(input, residual, mask, lengths, weight, bias),
         *(running_mean, running_var, num_batches_tracked),
     )
-    numbers: tuple[Any, ...] = (
-        *(training, momentum, eps, channel_axis, parse(activation), order, nonfinite),
-        *(correction, memory, torch.is_grad_enabled()),
-        Ranks.of(process_group) if training and process_group is not None else None,
+    numbers = (
+        *(training, momentum, eps, channel_axis, parse(activation)),
+        *(order, nonfinite, correction, memory),
     )
+    return normalize(tensors, numbers, process_group)
+
+
+def normalize(
+    tensors: tuple[Any, ...], numbers: tuple[Any, ...], process_group: Any = None, layer: Any = None
+) -> Tensor:
+    """`batch_norm` with its arguments in the order of `_checked`; a layer has checks of its own."""
+    input, residual, mask, lengths, weight, bias, *states = tensors
+    training = numbers[0]
+    ranks = Ranks.of(process_group) if training and process_group is not None else None
+    numbers = (*numbers, torch.is_grad_enabled(), ranks)
     transform = transformed()
+    repeats = None
     if transform or torch.compiler.is_compiling():
-        options, plain = _checked(None, *tensors, *numbers), False
+        options = _checked(layer, None, *tensors, *numbers)
     else:
-        options, plain = _recall(tensors, numbers)
+        options, repeats = _recall(layer, tensors, numbers)
     if lengths is not None:
         mask = mask_of(lengths, input, options.axis)
     if residual is not None and residual.dtype not in DTYPES:
         residual = residual.to(input.dtype)
     if residual is input:  # torch.compile takes no tensor twice
         residual = input.view_as(input)
-    state: tuple[Tensor | None, ...] = (running_mean, running_var)
-    if training:
-        state = (None,) * 3 if computing_again() else (*state, num_batches_tracked)
-    inputs = (input, weight, bias, residual, mask, *state)
+    if not training:
+        states.pop()
+    elif computing_again():
+        states = [None] * 3
+    inputs = (input, weight, bias, residual, mask, *states)
     y: Tensor
     if transform:
         y, *_ = transforms.batch_norm(options, *inputs)
-    elif not plain and exporting():
-        y = export.batch_norm(options, *inputs)  # type: ignore[arg-type]
-    elif training:
-        y = BatchNormTrain.apply(*inputs, options, plain)
+    elif repeats is None and exporting():
+        y = export.batch_norm(options, *inputs)
     else:
-        y = BatchNormEval.apply(*inputs, options, plain)
+        function = BatchNormTrain if training else BatchNormEval
+        apply = function.apply if repeats is None else function.apply_plain
+        y = apply(*inputs, options, repeats)
     return y
 
 
@@ -180,28 +192,52 @@ def merge_stats(
     return mean + delta * share, merged, total
 
 
-@lru_cache(maxsize=1024, typed=True)
-def _signatures(*key: object) -> tuple[ops.Signature, ops.Signature]:
-    """Of the tensors of forward, which options go along with, and of those of backward."""
-    return ops.Signature(exact=True), ops.Signature(exact=False)
+class _Call(NamedTuple):
+    """What a call was like."""
+
+    types: list[type]  # of its tensors
+    numbers: tuple[Any, ...]
+    forward: ops.Signature  # of its tensors, which options go along with
+    backward: ops.Signature  # of those of its backward
+
+    def like(self, types: list[type], numbers: tuple[Any, ...]) -> bool:
+        same = all(map(is_, numbers, self.numbers))
+        if not same:  # 1 is not True
+            same = numbers == self.numbers and [*map(type, numbers)] == [*map(type, self.numbers)]
+        return same and types == self.types
 
 
-def _recall(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Options, bool]:
-    """The options, checked unless all is as in a call before, and whether the tensors are plain."""
-    try:
-        forward, backward = _signatures(tensors[0].shape, *map(type, tensors), *numbers)
+_calls: dict[Any, _Call] = {}  # the last one of each layer with input of a shape
+MOST_CALLS = 4096  # to keep
+
+
+def _recall(
+    layer: Any, tensors: tuple[Any, ...], numbers: tuple[Any, ...]
+) -> tuple[Options, ops.Repeats | None]:
+    """The options, checked unless all is as in a call before; then what there is to repeat."""
+    types = [*map(type, tensors)]
+    key: Any
+    try:  # whatever has the same number by now is compared all the same
+        key = id(tensors[6] if layer is None else layer), type(layer), tensors[0].shape, numbers[0]
+        call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no dense tensor, or a number that is none
-        forward, backward = _signatures.__wrapped__()
+        key = call = None
+    if call is None or not call.like(types, numbers):
+        call = _Call(types, numbers, ops.Signature(exact=True), ops.Signature(exact=False))
+        if len(_calls) >= MOST_CALLS:
+            _calls.clear()
+        _calls[key] = call
     given = [t for t in tensors if t is not None]
-    options: Options | None = forward.recall(given)
+    options: Options | None = call.forward.recall(given)
     if options is not None:
-        return options, True
-    options = _checked(backward, *tensors, *numbers)
-    forward.remember(given, options)
-    return options, False
+        return options, call.backward.repeats
+    options = _checked(layer, call.backward, *tensors, *numbers)
+    call.forward.remember(given, options)
+    return options, None
 
 
 def _checked(
+    layer: Any,
     signature: ops.Signature | None,
     input: Tensor,
     residual: Tensor | None,
@@ -224,6 +260,8 @@ def _checked(
     grad: bool,
     ranks: Ranks | None,
 ) -> Options:
+    if layer is not None:
+        layer._check_input(input)
     axis = check_input(input, channel_axis, training and ranks is None)
     _check_local("input", input)
     if (running_mean is None) != (running_var is None):

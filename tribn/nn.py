@@ -23,6 +23,7 @@ from tribn.functional import (
     check_options,
     check_tensor,
     merge_stats,
+    normalize,
 )
 
 Device = torch.device | str | int | None
@@ -173,6 +174,28 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
                 )
             path = input.tracer.path_of_module(self)
             return input.tracer.create_proxy("call_module", path, (input,), given)
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        training = self.training and not self.frozen
+        # As in torch.nn: without running statistics, evaluation uses the batch's too.
+        batch = training or (running_mean is None and running_var is None)
+        if training and not self.track_running_stats:
+            running_mean = running_var = num_batches_tracked = None
+        tensors = (
+            *(input, residual, mask, lengths, weight, bias),
+            *(running_mean, running_var, num_batches_tracked if training else None),
+        )
+        numbers = (
+            *(batch, self.momentum, self.eps, self.channel_axis),
+            self.activation if activation is None else parse(activation),
+            *(self.order, self.nonfinite, self.correction, self.memory),
+        )
+        call = normalize
+        if type(input) is not Tensor and is_dtensor(input):
+            call = on_shards(normalize)
+        return call(tensors, numbers, self._group() if training else None, self)
+
+    def _check_input(self, input: Tensor) -> None:
+        """That an input is one for this layer."""
         check_tensor("input", input)
         self._check_input_dim(input)
         C = input.shape[self.channel_axis]
@@ -181,36 +204,6 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
                 f"input of shape {tuple(input.shape)} has {C} channels in axis "
                 f"{self.channel_axis}: this layer has num_features={self.num_features}"
             )
-        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
-        training = self.training and not self.frozen
-        group = self._group() if training else None
-        # As in torch.nn: without running statistics, evaluation uses the batch's too.
-        batch = training or (running_mean is None and running_var is None)
-        tracked = self.track_running_stats or not training
-        normalize = batch_norm
-        if type(input) is not Tensor and is_dtensor(input):
-            normalize = on_shards(batch_norm)
-        return normalize(
-            input,
-            running_mean if tracked else None,
-            running_var if tracked else None,
-            weight,
-            bias,
-            batch,
-            self.momentum,
-            self.eps,
-            channel_axis=self.channel_axis,
-            num_batches_tracked=num_batches_tracked if training and tracked else None,
-            activation=self.activation if activation is None else activation,
-            order=self.order,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
-            nonfinite=self.nonfinite,
-            correction=self.correction,
-            memory=self.memory,
-            process_group=group,
-        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:

@@ -36,12 +36,22 @@ def _kernels() -> Any:
     return kernels
 
 
-def run(operator: Any, plain: bool, *args: Any) -> Any:
-    """Calls an operator; if its tensors are `plain`, without the dispatcher."""
-    if not plain:
+Repeats = dict[str, Any]  # by operator, what is known of its calls with tensors that are alike
+
+
+def run(operator: Any, repeats: Repeats | None, args: tuple[Any, ...]) -> Any:
+    """Calls an operator; with `repeats` of its tensors, which are plain, without the dispatcher."""
+    if repeats is None:
         return operator(*args)
+    name = operator._opname
+    if args[0].is_cpu and not _INTERPRET:
+        return getattr(reference, name)(*args)
+    return _kernels().repeated(name, args, repeats)
+
+
+def _implementation(name: str, *args: Any) -> Any:
     module = reference if args[0].is_cpu and not _INTERPRET else _kernels()
-    return getattr(module, operator._opname)(*args)
+    return getattr(module, name)(*args)
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
@@ -49,7 +59,7 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     _lib.define(name + schema)
     operator = getattr(torch.ops.tribn, name).default
     for key in ("CPU", "CUDA"):
-        _lib.impl(name, partial(run, operator, True), key)
+        _lib.impl(name, partial(_implementation, name), key)
     torch.library.register_fake(f"tribn::{name}", fake, lib=_lib)
     return operator
 
@@ -81,6 +91,7 @@ class Signature:
         self._exact = exact
         self._last: tuple[int, Any, Any] = 0, None, None  # how many, their guards, what goes along
         self._met = False
+        self.repeats: Repeats = {}
 
     def recall(self, tensors: list[Tensor]) -> Any:
         """What was remembered along with the last tensors if these are as they were; else None."""

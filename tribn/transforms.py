@@ -43,7 +43,7 @@ class BatchNormTrain(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         *tensors, options = args
         y, mean, var, count, _ = distributed.batch_norm_train(
-            options.ranks, False, *tensors, *options.forward
+            options.ranks, None, (*tensors, *options.forward)
         )
         return y, mean, var, count
 

@@ -2,6 +2,7 @@
 
 from tribn.kernels.backward import batch_norm_backward
 from tribn.kernels.forward import batch_norm_eval, batch_norm_train, batch_stats
+from tribn.kernels.repeat import repeated
 from tribn.kernels.sync import (
     sync_backward_dx,
     sync_backward_reduce,
@@ -15,6 +16,7 @@ __all__ = [
     "batch_norm_eval",
     "batch_norm_train",
     "batch_stats",
+    "repeated",
     "sync_backward_dx",
     "sync_backward_reduce",
     "sync_combine",

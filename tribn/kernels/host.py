@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +102,7 @@ class Kept(NamedTuple):
     function: Any  # what it is compiled from
     kernel: Any
     plan: Plan
-    sizes: tuple[int, ...]
+    sizes: tuple[int | None, ...]
     constants: tuple[Any, ...]
     room: tuple[int, int] | None  # see `scratch`
 
@@ -122,7 +124,6 @@ class Launcher:
         plan: Plan | None = None,
     ) -> None:
         self.layout, self.device = layout, device
-        self.index = device.index if device.type == "cuda" else None
         self.dtype = tl.float64 if dtype == torch.float64 else tl.float32
         self.facts = device_facts(device)
         self.facts = replace(self.facts, sms=max(self.facts.sms - launch.sm_margin, 1))
@@ -156,14 +157,15 @@ class Launcher:
         """
         key = (kernel, order, constants, *[None if t is None else t.dtype for t in tensors])
         kept = self.kept.get(key)
-        if self.index is not None and self.index != torch.cuda.current_device():
-            with torch.cuda.device(self.index):
+        if elsewhere(self.device):
+            with torch.cuda.device(self.device):
                 return self(kernel, tensors, numbers, order, constants, results)
         if kept is None:
             kept = self._keep(kernel, tensors, numbers, order, constants, results)
             self.kept[key] = kept
-        room = scratch(self.device, *kept.room) if kept.room else ()
-        start(kept, (*tensors, *numbers, *kept.sizes, *room, *kept.constants))
+        if (launched := getattr(_recording, "launched", None)) is not None:
+            launched.append((kept, tensors, numbers))
+        start(kept, arguments(kept, self.device, tensors, numbers))
 
     def _keep(
         self,
@@ -190,12 +192,18 @@ class Launcher:
                 tuple(values[name] for name in kernel.arg_names if name in values),
                 None,
             )
-            if plan.tier is not None:
-                doubles = results * (plan.splits + 1) * self.layout.C if plan.waits else 0
-                kept = kept._replace(room=(doubles, 1 + plan.groups * plan.waits))
+            room: tuple[Any, ...] = ()
+            if plan.waits:
+                doubles = results * (plan.splits + 1) * self.layout.C
+                kept = kept._replace(room=(doubles, 1 + plan.groups))
+                room = torch.float64, torch.int32
+            elif values.get("CUMULATIVE") and plan.tier is not None:
+                kept = kept._replace(room=(0, 1))
+                room = None, torch.int32
+            elif plan.tier is not None:
+                kept = kept._replace(sizes=(*kept.sizes, None, None))
             if knobs.runtime.interpret:
                 break
-            room = (torch.float64 if plan.waits else None, torch.int32) if plan.tier else ()
             compiled = build(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
             kept = kept._replace(kernel=compiled)
             registers, spills, shared = needs(compiled)
@@ -250,6 +258,33 @@ def needs(compiled: Any) -> tuple[int, int, int]:
     """Registers a thread, those of them that are spilled, and bytes of shared memory."""
     compiled._init_handles()
     return compiled.n_regs, compiled.n_spills, compiled.metadata.shared
+
+
+# What a call has launched, with which tensors and numbers
+Launched = tuple[Kept, Sequence[Tensor | None], Sequence[float]]
+_recording = local()
+
+
+@contextmanager
+def recording() -> Iterator[list[Launched]]:
+    """What this thread launches meanwhile."""
+    _recording.launched = launched = []
+    try:
+        yield launched
+    finally:
+        del _recording.launched
+
+
+def elsewhere(device: torch.device) -> bool:
+    """Whether another device is the current one, which Triton launches on."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
+
+
+def arguments(
+    kept: Kept, device: torch.device, tensors: Sequence[Tensor | None], numbers: Sequence[float]
+) -> tuple[Any, ...]:
+    room = scratch(device, *kept.room) if kept.room else ()
+    return (*tensors, *numbers, *kept.sizes, *room, *kept.constants)
 
 
 def start(kept: Kept, args: Sequence[Any]) -> None:

@@ -17,8 +17,9 @@ PAGE = 2**18  # counters that are set to 0 at once, of which a launch takes some
 _lock = Lock()  # held while counters are taken
 _left: dict[torch.device, Tensor] = {}  # of the newest page
 _short: set[torch.device] = set()  # where graphs have taken half of it
+NONE = None, 0
 _captured: list[Tensor] = []  # in use as long as a graph may be
-_of_streams: dict[tuple[torch.device, int], Tensor] = {}
+_of_streams: dict[tuple[torch.device, int], tuple[Tensor, int]] = {}  # and how many there are
 
 
 def scratch(device: torch.device, doubles: int, counters: int) -> tuple[Tensor | None, Tensor]:
@@ -33,15 +34,16 @@ def _counters(device: torch.device, count: int) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             return _captured_zeros(device, count)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-    of_stream = _of_streams.get((device, stream))
-    if of_stream is None or len(of_stream) < count or device in _short:
+    of_stream, there = _of_streams.get((device, stream), NONE)
+    if of_stream is None or there < count or (_short and device in _short):
         with _lock:
             # Before anything is captured there are counters for what will be.
             if len(_left.get(device, ())) < max(count, PAGE // 2):
                 _left[device] = _page(device, max(count, PAGE))
             _short.discard(device)
-            if of_stream is None or len(of_stream) < count:
-                of_stream = _of_streams[device, stream] = _take(device, count)
+            if of_stream is None or there < count:
+                of_stream = _take(device, count)
+                _of_streams[device, stream] = of_stream, count
     return of_stream
 
 
