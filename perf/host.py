@@ -3,7 +3,6 @@
     module      tribn.BatchNorm2d
     functional  tribn.functional.batch_norm: checks of the arguments
     autograd    torch.autograd.Function; backward, the engine that calls it
-    op          PyTorch's dispatcher, where it is needed
     launch      Triton: the launch of a compiled kernel
     launcher    tribn.kernels: plan, memory and arguments of the launch
 
@@ -57,12 +56,10 @@ LAYERS: dict[str, dict[str, tuple[Any, str]]] = {
     "forward": {
         "functional": (tribn.nn, "normalize"),
         "autograd": (functional.BatchNormTrain, "apply_plain"),
-        "op": (ops, "run"),
-        **dict.fromkeys(("launch", "launcher"), (kernels, "repeated")),
+        **dict.fromkeys(("launch", "launcher"), (ops, "run")),
     },
     "backward": {
-        "op": (ops, "run"),
-        **dict.fromkeys(("launch", "launcher"), (kernels, "repeated")),
+        **dict.fromkeys(("launch", "launcher"), (ops, "run")),
     },
 }
 # What is timed without a GPU
@@ -94,7 +91,7 @@ def kernels_on_cpu() -> Iterator[None]:
 @contextmanager
 def within(layer: str) -> Iterator[None]:
     """As the layer above calls it: an autograd.Function without gradients."""
-    inner = layer in ("op", "launch", "launcher")
+    inner = layer in ("launch", "launcher")
     with torch.set_grad_enabled(not inner), no_launches() if layer == "launcher" else nullcontext():
         yield
 

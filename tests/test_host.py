@@ -17,8 +17,8 @@ from perf.__main__ import main
 from perf.codegen import absent
 from tribn import kernels
 
-FORWARD = ["module", "functional", "autograd", "op", "launch", "launcher"]
-BACKWARD = ["autograd", "op", "launch", "launcher"]
+FORWARD = ["module", "functional", "autograd", "launch", "launcher"]
+BACKWARD = ["autograd", "launch", "launcher"]
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_recorded_repeats_the_inner_call():
 
 def test_own_time_is_the_difference_to_the_layer_below():
     samples = {
-        ("bn", "forward", "tribn", "op"): [7.0, 9.0, 50.0],
+        ("bn", "forward", "tribn", "autograd"): [7.0, 9.0, 50.0],
         ("bn", "forward", "tribn", "launch"): [5.0, 4.0, 6.0],
         ("bn", "forward", "eager", "module"): [3.0, 1.0, 2.0],
     }
@@ -138,11 +138,11 @@ def test_own_time_is_the_difference_to_the_layer_below():
 
 def test_samples_are_single_calls_to_and_fro():
     order = []
-    keys = [("bn", "forward", "tribn", layer) for layer in ("op", "launch")]
+    keys = [("bn", "forward", "tribn", layer) for layer in ("autograd", "launch")]
     calls = {key: partial(order.append, key[-1]) for key in keys}
     samples = host.sample(calls, 2, "cpu", lambda: None)
     turns = order[:: host.CALLS + 1]  # the first of a turn is not timed
-    assert turns == ["op", "launch", "launch", "op"]
+    assert turns == ["autograd", "launch", "launch", "autograd"]
     assert all(0 < us < 1e4 for of_layer in samples.values() for us in of_layer)
 
 

@@ -232,9 +232,9 @@ def backward(ctx: Any, dy: Tensor) -> Grads:
 def _repeats(signature: ops.Signature | None, tensors: list[Tensor]) -> ops.Repeats | None:
     if signature is None or torch.compiler.is_compiling():
         return None
-    if signature.recall(tensors):
-        return signature.repeats
-    signature.remember(tensors, True)
+    if known := signature.recall(tensors):
+        return known[1]
+    signature.remember(tensors, None)
     return None
 
 

@@ -216,21 +216,25 @@ def _recall(
 ) -> tuple[Options, ops.Repeats | None]:
     """The options, checked unless all is as in a call before; then what there is to repeat."""
     types = [*map(type, tensors)]
-    key: Any
-    try:  # whatever has the same number by now is compared all the same
-        key = id(tensors[6] if layer is None else layer), type(layer), tensors[0].shape, numbers[0]
+    # All that matters of what an id may mean by now is compared.
+    owner = id(tensors[6]) if layer is None else (id(layer), type(layer), layer.num_features)
+    key: Any = None
+    call: _Call | None = None
+    try:
+        key = owner, tensors[0].shape, numbers[0]
         call = _calls.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no dense tensor, or a number that is none
-        key = call = None
-    if call is None or not call.like(types, numbers):
+        if call is not None and not call.like(types, numbers):
+            call = None
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass  # no dense tensor, or a number that is none
+    if call is None:
         call = _Call(types, numbers, ops.Signature(exact=True), ops.Signature(exact=False))
         if len(_calls) >= MOST_CALLS:
             _calls.clear()
         _calls[key] = call
     given = [t for t in tensors if t is not None]
-    options: Options | None = call.forward.recall(given)
-    if options is not None:
-        return options, call.backward.repeats
+    if found := call.forward.recall(given):
+        return found
     options = _checked(layer, call.backward, *tensors, *numbers)
     call.forward.remember(given, options)
     return options, None

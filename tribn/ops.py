@@ -36,7 +36,8 @@ def _kernels() -> Any:
     return kernels
 
 
-Repeats = dict[str, Any]  # by operator, what is known of its calls with tensors that are alike
+# By operator, what repeats its launch for tensors that are alike: see `kernels.repeat`
+Repeats = dict[str, Callable[[tuple[Any, ...]], Any] | None]
 
 
 def run(operator: Any, repeats: Repeats | None, args: tuple[Any, ...]) -> Any:
@@ -44,9 +45,12 @@ def run(operator: Any, repeats: Repeats | None, args: tuple[Any, ...]) -> Any:
     if repeats is None:
         return operator(*args)
     name = operator._opname
+    repeat = repeats.get(name)
+    if repeat is not None and (results := repeat(args)) is not None:
+        return results
     if args[0].is_cpu and not _INTERPRET:
         return getattr(reference, name)(*args)
-    return _kernels().repeated(name, args, repeats)
+    return _kernels().call_and_remember(name, args, repeats)
 
 
 def _implementation(name: str, *args: Any) -> Any:
@@ -91,25 +95,24 @@ class Signature:
         self._exact = exact
         self._last: tuple[int, Any, Any] = 0, None, None  # how many, their guards, what goes along
         self._met = False
-        self.repeats: Repeats = {}
 
-    def recall(self, tensors: list[Tensor]) -> Any:
-        """What was remembered along with the last tensors if these are as they were; else None."""
-        count, guards, value = self._last
+    def recall(self, tensors: list[Tensor]) -> tuple[Any, Repeats] | None:
+        """What was remembered along with the last tensors, and repeats, if these are like them."""
+        count, guards, known = self._last
         same = (
             count == len(tensors)
             and guards.check(*tensors)
             and not torch._C._len_torch_function_stack()
             and not torch._C._autograd._profiler_enabled()  # which shows operators
         )
-        return value if same else None
+        return known if same else None
 
     def remember(self, tensors: list[Tensor], value: Any) -> None:
         """Not at the first time, which may remain the only one: this takes longer than it saves."""
         if self._met and _TensorGuards is not None and _plain(tensors):
             free = None if self._exact else [[None] * t.dim() for t in tensors]
             guards = _TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free)
-            self._last = len(tensors), guards, value
+            self._last = len(tensors), guards, (value, {})
         self._met = True
 
 

@@ -165,7 +165,8 @@ class Launcher:
             self.kept[key] = kept
         if (launched := getattr(_recording, "launched", None)) is not None:
             launched.append((kept, tensors, numbers))
-        start(kept, arguments(kept, self.device, tensors, numbers))
+        room = scratch(self.device, *kept.room) if kept.room else ()
+        start(kept, (*tensors, *numbers, *kept.sizes, *room, *kept.constants))
 
     def _keep(
         self,
@@ -278,13 +279,6 @@ def recording() -> Iterator[list[Launched]]:
 def elsewhere(device: torch.device) -> bool:
     """Whether another device is the current one, which Triton launches on."""
     return device.type == "cuda" and device.index != torch.cuda.current_device()
-
-
-def arguments(
-    kept: Kept, device: torch.device, tensors: Sequence[Tensor | None], numbers: Sequence[float]
-) -> tuple[Any, ...]:
-    room = scratch(device, *kept.room) if kept.room else ()
-    return (*tensors, *numbers, *kept.sizes, *room, *kept.constants)
 
 
 def start(kept: Kept, args: Sequence[Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -13,8 +14,10 @@ from torch.autograd.graph import increment_version
 
 from tribn import kernels, launch
 from tribn.kernels import host
+from tribn.kernels.scratch import scratch
+from tribn.ops import Repeats
 
-Results = tuple[Tensor | None, ...]
+Results = Sequence[Tensor | None]
 
 
 class Repeat:
@@ -28,7 +31,8 @@ class Repeat:
         Raises:
             KeyError: with tensors that are neither.
         """
-        self.kept, tensors, self.numbers = launched
+        self.kept, tensors, numbers = launched
+        self.sizes = (*numbers, *self.kept.sizes)
         places = {id(t): place for place, t in enumerate((*args, *results, None))}
         self.pick = itemgetter(*[places[id(t)] for t in tensors])
         self.sm_margin = launch.sm_margin
@@ -54,8 +58,12 @@ class Repeat:
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
         results = [new and new() for new in self.new]
+        room = scratch(self.device, *self.kept.room) if self.kept.room else ()
         tensors = self.pick((*args, *results, None))
-        host.start(self.kept, host.arguments(self.kept, self.device, tensors, self.numbers))
+        try:
+            host.start(self.kept, (*tensors, *self.sizes, *room, *self.kept.constants))
+        except host.Refused:  # the launcher knows what else there is
+            return None
         if self.written:
             increment_version([args[i] for i in self.written])
         return results
@@ -69,24 +77,15 @@ def _like(t: Tensor) -> Callable[[], Tensor]:
     return partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
-def repeated(name: str, args: tuple[Any, ...], repeats: dict[str, Repeat | None]) -> Results:
-    """Calls the launcher of an operator, or repeats what it has launched before."""
-    repeat = repeats.get(name)
-    if repeat is not None:
-        try:
-            results = repeat(args)
-        except host.Refused:
-            results = None
-        if results is not None:
-            return results
+def call_and_remember(name: str, args: tuple[Any, ...], repeats: Repeats) -> Results:
+    """Calls the launcher of an operator; if it makes one launch, that is remembered."""
     function = getattr(kernels, name)
-    if name in repeats and repeat is None:
-        return function(*args)
+    if name in repeats and repeats[name] is None:  # which it did not
+        return function(*args)  # type: ignore[no-any-return]
     with host.recording() as launches:
-        results = function(*args)
-    try:
-        (launched,) = launches
-        repeats[name] = Repeat(name, args, results, launched)
-    except (KeyError, ValueError):
-        repeats[name] = None
+        results: Results = function(*args)
+    repeats[name] = None
+    if len(launches) == 1 and not isinstance(results, Tensor):
+        with suppress(KeyError):
+            repeats[name] = Repeat(name, args, results, *launches)
     return results
