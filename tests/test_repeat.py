@@ -172,6 +172,41 @@ def test_what_has_changed_is_no_repeat(name, device):
         tribn.set_sm_margin(0)
 
 
+@pytest.mark.parametrize("tensor", ["x", "dy", "residual"])
+def test_where_no_16_bytes_begin_is_no_repeat(tensor, device, looked_up):
+    """For which kernels are compiled that read wider than the tensors allow."""
+    layer, at = tribn.BatchNorm2d(4).to(device), ["x", "dy", "residual"].index(tensor)
+    for batch in batches(device):
+        step(layer, *batch)
+    batch[at] = shifted(batch[at])
+    looked_up.clear()
+    step(layer, *batch)
+    assert len(looked_up) == (2 if tensor == "x" else 1)  # backward has no residual
+
+
+def test_backward_of_the_input_repeats_none_of_the_output(device):
+    """Of which only a weight's values decide."""
+    layer = tribn.BatchNorm2d(4, activation="leaky_relu", memory="inplace").to(device)
+    for x, dy, _ in batches(device):
+        step(layer, x, dy)
+    for weight in (0.0, 1.0):
+        torch.nn.init.constant_(layer.weight, weight)
+        first = copy.deepcopy(layer)
+        for _ in range(CALLS):
+            assert_same(step(layer, x, dy), step_as_if_first(first, x, dy))
+
+
+def test_a_weight_is_no_bias(device):
+    layer = tribn.BatchNorm2d(4, bias=False).to(device)
+    for batch in batches(device):
+        step(layer, *batch)
+    torch.nn.init.constant_(layer.weight, 3.0)
+    layer.weight, layer.bias = None, layer.weight
+    first = copy.deepcopy(layer)
+    for _ in range(CALLS):
+        assert_same(step(layer, *batch), step_as_if_first(first, *batch))
+
+
 def test_repeats_count_as_changes_of_the_statistics(device):
     """Which autograd looks for."""
     layer = tribn.BatchNorm2d(4).to(device)
