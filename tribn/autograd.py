@@ -199,7 +199,7 @@ def _can_undo(weight: Tensor | None, bias: Tensor | None) -> bool:
 
 def backward(ctx: Any, dy: Tensor) -> Grads:
     options, from_output, dtype, residual_dtype, stride, kept_stride = ctx.facts
-    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     tensors = ctx.saved_tensors
     x, mask = tensors[0], tensors[-2]
     if x is not None and x.stride() != kept_stride:  # a hook may have copied it

@@ -1,8 +1,9 @@
 """Batch normalization as functions: signatures, validation and the policy of running statistics."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -197,6 +198,7 @@ class _Call(NamedTuple):
 
     types: list[type]  # of its tensors
     numbers: tuple[Any, ...]
+    given: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]  # those that are not None
     forward: ops.Signature  # of its tensors, which options go along with
     backward: ops.Signature  # of those of its backward
 
@@ -228,15 +230,16 @@ def _recall(
     except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # no dense tensor, or a number that is none
     if call is None:
-        call = _Call(types, numbers, ops.Signature(exact=True), ops.Signature(exact=False))
+        places = [place for place, t in enumerate(tensors) if t is not None]
+        given = itemgetter(*places) if len(places) > 1 else itemgetter(slice(1))
+        call = _Call(types, numbers, given, ops.Signature(exact=True), ops.Signature(exact=False))
         if len(_calls) >= MOST_CALLS:
             _calls.clear()
         _calls[key] = call
-    given = [t for t in tensors if t is not None]
-    if found := call.forward.recall(given):
+    if found := call.forward.recall(call.given(tensors)):
         return found
     options = _checked(layer, call.backward, *tensors, *numbers)
-    call.forward.remember(given, options)
+    call.forward.remember(call.given(tensors), options)
     return options, None
 
 

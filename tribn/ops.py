@@ -8,7 +8,7 @@ decides; calls that repeat an earlier one, for which it would do nothing else, g
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from tribn.reference import accumulator, new_bits, output
 _lib = torch.library.Library("tribn", "DEF")
 # Private to PyTorch: without it every call is checked and dispatched.
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+_function_modes = torch._C._len_torch_function_stack
+_profiling = torch._C._autograd._profiler_enabled
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -96,18 +98,18 @@ class Signature:
         self._last: tuple[int, Any, Any] = 0, None, None  # how many, their guards, what goes along
         self._met = False
 
-    def recall(self, tensors: list[Tensor]) -> tuple[Any, Repeats] | None:
+    def recall(self, tensors: Sequence[Tensor]) -> tuple[Any, Repeats] | None:
         """What was remembered along with the last tensors, and repeats, if these are like them."""
         count, guards, known = self._last
         same = (
             count == len(tensors)
             and guards.check(*tensors)
-            and not torch._C._len_torch_function_stack()
-            and not torch._C._autograd._profiler_enabled()  # which shows operators
+            and not _function_modes()
+            and not _profiling()  # which shows operators
         )
         return known if same else None
 
-    def remember(self, tensors: list[Tensor], value: Any) -> None:
+    def remember(self, tensors: Sequence[Tensor], value: Any) -> None:
         """Not at the first time, which may remain the only one: this takes longer than it saves."""
         if self._met and _TensorGuards is not None and _plain(tensors):
             free = None if self._exact else [[None] * t.dim() for t in tensors]
@@ -122,7 +124,7 @@ for _key in ("AutogradCPU", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "B
     _PLAIN = _PLAIN.add(getattr(torch._C.DispatchKey, _key))
 
 
-def _plain(tensors: list[Tensor]) -> bool:
+def _plain(tensors: Sequence[Tensor]) -> bool:
     keys = torch._C._dispatch_tls_local_include_set()
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter) or not (t.is_cpu or t.is_cuda):

@@ -45,7 +45,8 @@ class Repeat:
         self.index = self.device.index
         self.new = [t if t is None else _like(t) for t in results]
         arguments = getattr(torch.ops.tribn, name).default._schema.arguments
-        self.written = [i for i in given if arguments[i].is_write]
+        written = [i for i in given if arguments[i].is_write]
+        self.written = itemgetter(*written) if written else None
 
     def __call__(self, args: tuple[Any, ...]) -> Results | None:
         """What the call gives; None if it is another one."""
@@ -65,7 +66,7 @@ class Repeat:
         except host.Refused:  # the launcher knows what else there is
             return None
         if self.written:
-            increment_version([args[i] for i in self.written])
+            increment_version(self.written(args))
         return results
 
 
