@@ -758,6 +758,30 @@ def test_a_missing_rank_ends_in_an_error(first, pool):
         assert same
 
 
+class GroupOfTwo:
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 2
+
+
+class Late(dist.HashStore):
+    """In which the other rank comes when this one has just waited too long."""
+
+    def wait(self, keys, timeout):
+        self.set("tribn/0/rank/1", "0")
+        raise RuntimeError
+
+
+@OF_NO_KERNEL
+def test_a_rank_that_comes_too_late_is_waited_for_in_vain(monkeypatch):
+    monkeypatch.setattr(distributed, "_store", lambda group: store)
+    store = Late()
+    with pytest.raises(RuntimeError, match="waited 2 with 5 channels .* for one that is late: all"):
+        distributed._turn(GroupOfTwo(), kind(F32, 5), 2)
+
+
 def accumulate(layer, batches):
     with tribn.accumulate_stats(layer):
         for x in batches:
@@ -787,6 +811,42 @@ def test_a_rank_with_a_batch_less_moves_nothing_on_any(call, said, pool):
     assert said in results[1][1]
     for _, _, seconds, same in results:
         assert seconds < BOUND
+        assert same
+
+
+class Two(torch.nn.Module):
+    def __init__(self, group):
+        super().__init__()
+        self.a, self.b = (tribn.SyncBatchNorm(5, process_group=group) for _ in range(2))
+        self.used = self.a, self.b
+
+    def forward(self, x):
+        for layer in self.used:
+            x = layer(x)
+        return x
+
+
+def using_others(rank, call):
+    """Rank 1 calls one layer twice where the others call two."""
+    group = group_of([0, 1, 2], TIMEOUT)
+    if group is None:
+        return None
+    model, batches = Two(group), [torch.randn(4, 5)] * 2
+    call(model, batches)
+    if rank == 1:
+        model.used = model.a, model.a
+    return attempt(model, batches, call)
+
+
+@OF_NO_KERNEL
+@pytest.mark.parametrize("call", [tribn.update_stats, accumulate])
+def test_a_rank_that_uses_other_layers_moves_nothing_on_any(call, pool):
+    """Not even on the one that has gathered all that it has seen."""
+    results = pool(using_others, call)[:3]
+    assert "with its last batch done" in results[1][1]
+    for error, _, seconds, same in results:
+        assert error is RuntimeError
+        assert seconds < BOUND + TIMEOUT
         assert same
 
 

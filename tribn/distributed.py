@@ -367,14 +367,14 @@ def meet(row: Tensor, group: str, kind: int) -> None:
             f"rank {found.rank()} of the process group has lost the store in which ranks meet: the "
             "process that keeps it, rank 0 as a rule, has ended"
         ) from error
-    store, come = _store(found), _come(found, turn)
-    same = store.get(f"{turn}/outcome") == b"True"
+    store = _store(found)
+    come = {} if store.get(f"{turn}/outcome") == b"True" else _come(found, turn)
     if store.add(f"{turn}/left", 1) == found.size():  # another group may be given this store
-        for key in ("come", "left", "outcome", *(f"kind/{k}" for k in {*come.values()})):
+        for key in ("come", "left", "outcome", *(f"kind/{k}" for k in {kind, *come.values()})):
             store.delete_key(f"{turn}/{key}")
-        for rank in come:
+        for rank in range(found.size()):
             store.delete_key(f"{turn}/rank/{rank}")
-    if not same:
+    if come:
         check_same(list(come.values()))
 
 
@@ -405,11 +405,11 @@ def _turn(group: Any, kind: int, timeout: timedelta) -> str:
         if store.get(f"{turn}/outcome") != GIVEN_UP:
             return turn
         come = _come(group, turn)
-        missing = [str(rank) for rank in range(group.size()) if rank not in come]
+        missing = ", ".join(str(rank) for rank in range(group.size()) if rank not in come)
         raise RuntimeError(
             f"rank {group.rank()} of the process group waited {timeout} with {describe(kind)} in a "
-            f"synchronized batch norm for rank {', '.join(missing)}: all ranks of the group must "
-            "call the same layers in the same order"
+            f"synchronized batch norm for {f'rank {missing}' if missing else 'one that is late'}: "
+            "all ranks of the group must call the same layers in the same order"
         )
 
 

@@ -383,17 +383,19 @@ class SyncBatchNorm(_BatchNorm):
     batch is the concatenation of all of them, which may differ in size and be empty. The gradients
     of weight and bias are of this process's batch alone: DistributedDataParallel and FSDP reduce
     them along with all others. Each direction in training takes one collective, an `all_gather` of
-    16 * C + 16 bytes from each process in forward and of 16 * C in backward (on CPUs both are as
-    long as the group's longest so far, and 8 bytes longer, for processes to compare), whose results
-    are merged in the order of ranks: all processes have the same bits. Evaluation and frozen layers
-    take none. While torch.distributed is not initialized, or the group has one process, this is
-    plain batch normalization.
+    16 * C + 16 bytes from each process in forward and of 16 * C + 8 in backward (on CPUs both are
+    as long as the group's longest so far, for processes to compare), whose results are merged in
+    the order of ranks: all processes have the same bits. Evaluation and frozen layers take none.
+    While torch.distributed is not initialized, or the group has one process, this is plain batch
+    normalization.
 
     All processes must run the same synchronized layers in the same order, backward too: the loss of
     a process whose batch is empty must depend on the output all the same. A call raises ValueError
     on every process if they come with numbers of channels or dtypes that differ, and RuntimeError
     if one has failed, does not come within the group's timeout, or comes with what is new to it
-    alone; that layer's running statistics have not moved then.
+    alone; that layer's running statistics have not moved then. On GPUs the host does not look at
+    what it has come with before: there a kernel's assertion fails, which ends the process's use of
+    the device, or NCCL waits until its timeout.
 
     A DTensor's batch is that over the mesh dimension it is sharded along, whatever the group.
 

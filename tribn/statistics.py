@@ -107,7 +107,10 @@ def update_stats(
             batches += 1
         if not batches:
             raise ValueError("loader is empty: it must give at least one batch")
-        found = {layer: _of_all_ranks(layer, *of) for layer, of in _in_step(moments, layers)}
+        _wait_for_all_ranks(layers)  # to have no more batches
+        seen = [layer for layer in layers if layer in moments]
+        found = {layer: _of_all_ranks(layer, *moments[layer]) for layer in seen}
+        _wait_for_all_ranks(layers)  # before anything moves
     except BaseException:
         for norm in norms:
             restore(norm)
@@ -130,15 +133,12 @@ def update_stats(
         layer.running_var.copy_(unbiased)
 
 
-def _in_step(
-    moments: dict[Layer, Moments], layers: Sequence[Layer]
-) -> Iterator[tuple[Layer, Moments]]:
-    """What layers have seen, in an order that all ranks have, once none of them has more."""
+def _wait_for_all_ranks(layers: Sequence[Layer]) -> None:
+    """Raises unless all ranks of all groups of layers are done in time."""
     groups = {ranks.group: layer for layer in layers if (ranks := ranks_of(layer)) is not None}
     for group, layer in groups.items():
         assert layer.running_mean is not None
         meet(layer.running_mean, group, DONE)
-    yield from ((layer, moments[layer]) for layer in layers if layer in moments)
 
 
 def _of_all_ranks(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> Moments:
@@ -170,16 +170,16 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
     and variance is not known when an earlier one is normalized, and each is normalized by its own
     statistics. So behind another batch norm a layer has seen other values than in one call.
 
-    Every input is read once more. Compiled models run uncompiled. If the body raises, nothing
-    moves.
+    Every input is read once more, and ranks wait for each other at the end. Compiled models run
+    uncompiled. If the body raises, nothing moves.
 
     Args:
         model: any module; frozen layers and those without running statistics stay as they are.
 
     Raises:
         TypeError: `model` is no module; a layer was given a DTensor, or torch.func.vmap calls it.
-        ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls; nothing moves
-            where it is raised.
+        ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls, or in which
+            layers they have used; nothing moves on any.
     """
     layers = [layer for layer in _layers(model) if layer.track_running_stats]
     rows: dict[Layer, list[Tensor]] = {}
@@ -217,6 +217,7 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         used = [layer for layer in layers if layer in rows and not layer.frozen]
         found = {layer: _rows_of_all_ranks(layer, torch.stack(rows[layer])) for layer in used}
+        _wait_for_all_ranks(layers)
         for layer in used:
             ops.sync_combine(
                 *(found[layer], layer.running_mean, layer.running_var, layer.num_batches_tracked),

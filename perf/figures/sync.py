@@ -54,7 +54,7 @@ def caption(report: dict[str, Any]) -> str:
     gpu, network = estimate["gpu"], estimate["network"]
     return (
         f"Reckoned on paper, not measured. {estimate['net']}, a training step: two all_gathers a "
-        f"layer, of 16 C + 16 and 16 C bytes a GPU, one after another, over {network['name']}: "
+        f"layer, of 16 C + 16 and 16 C + 8 bytes a GPU, one after another, over {network['name']}: "
         f"{1e6 * network['start']:.1f} µs each, {1e6 * network['within']:.1f} and "
         f"{1e6 * network['between']:.1f} µs a step of the ring in and between nodes, "
         f"{network['bandwidth'] / 1e9:.0f} and {network['bandwidth_between'] / 1e9:.0f} GB/s "
