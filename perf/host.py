@@ -6,8 +6,9 @@
     launch      Triton: the launch of a compiled kernel
     launcher    tribn.kernels: plan, memory and arguments of the launch
 
-`total` is a call of that layer, `own` what it takes more than the layer below it. Samples are many
-calls in a row without synchronization, on a tensor so small that the host is slower than the GPU.
+`total` is a call of that layer, `own` what it takes more than the layer below it; `both` is a forward
+and its backward, with the graph that is made and freed. Samples are many calls in a row without
+synchronization, on a tensor so small that the host is slower than the GPU.
 
 Without a GPU the launches are no-ops, and every row says so: tribn's are the host's share of a call
 on a GPU. torch.nn's rows then hold the operators of the CPU, which are small here but not nothing.
@@ -110,19 +111,19 @@ def calls(op: str, provider: str, device: str) -> dict[Key, Call]:
     # Two, for torch's backward refuses running statistics that a later forward has changed.
     module, other = (norm(SHAPE[1], ACTIVATIONS[op]).to(device) for _ in range(2))
     x = torch.randn(SHAPE, device=device, requires_grad=True)
-    y = other(x)
-    leaves = [x, *other.parameters()]
-    gradient = partial(torch.autograd.grad, y, leaves, torch.ones_like(y), retain_graph=True)
+    y, dy, leaves = other(x), torch.ones_like(x), [x, *module.parameters()]
+    gradients = partial(torch.autograd.grad, y, [x, *other.parameters()], dy, retain_graph=True)
     found: dict[Key, Call] = {}
     for direction, layer, call in (
         ("forward", "module", partial(module, x)),
-        ("backward", "autograd", gradient),
+        ("backward", "autograd", gradients),
+        ("both", "module", lambda: torch.autograd.grad(module(x), leaves, dy)),
     ):
         found[op, direction, provider, layer] = call
         for _ in range(3):  # tribn remembers what is repeated
             call()
         if provider == "tribn":
-            for inner, attribute in LAYERS[direction].items():
+            for inner, attribute in LAYERS.get(direction, {}).items():
                 found[op, direction, provider, inner] = recorded(call, *attribute)
     return found
 
@@ -176,7 +177,7 @@ def table(report: Report) -> Table:
             f"{row['own_us']:.1f}",
             f"{row['us']:.1f}",
             "–".join(f"{us:.1f}" for us in row["quartiles_us"]),
-            end_section=row["layer"] == "launcher",
+            end_section=row["direction"] == "both",
         )
     return found
 

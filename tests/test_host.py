@@ -42,7 +42,9 @@ def check(report):
     for op in ("bn", "bn_relu"):
         expected += [(op, "forward", "tribn", layer) for layer in FORWARD]
         expected += [(op, "backward", "tribn", layer) for layer in BACKWARD]
+        expected += [(op, "both", "tribn", "module")]
         expected += [(op, "forward", "eager", "module"), (op, "backward", "eager", "autograd")]
+        expected += [(op, "both", "eager", "module")]
     assert keys == expected
     for row in report["rows"]:
         assert row["quartiles_us"][0] <= row["us"] <= row["quartiles_us"][1]
@@ -92,10 +94,9 @@ def test_every_layer_launches_what_the_outermost_does(op, launched):
             with host.within(key[-1]):
                 call()
             kernels[key] = list(launched)
-    for direction, first in (("forward", "forward_kernel"), ("backward", "backward_kernel")):
-        of_layers = [names for key, names in kernels.items() if key[1] == direction]
-        assert of_layers[0][0] == first
-        assert all(names == of_layers[0] for names in of_layers)
+    both = {"forward": ["forward_kernel"], "backward": ["backward_kernel"]}
+    both["both"] = both["forward"] + both["backward"]
+    assert kernels == {key: both[key[1]] for key in kernels}
 
 
 def test_launcher_leaves_the_launches_out(monkeypatch):
