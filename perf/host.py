@@ -6,9 +6,9 @@
     launch      Triton: the launch of a compiled kernel
     launcher    tribn.kernels: plan, memory and arguments of the launch
 
-`total` is a call of that layer, `own` what it takes more than the layer below it; `both` is a forward
-and its backward, with the graph that is made and freed. Samples are many calls in a row without
-synchronization, on a tensor so small that the host is slower than the GPU.
+`total` is a call of that layer, `own` what it takes more than the layer below it. `both` is a
+forward and its backward, with the graph that is made and freed. Samples are many calls in a row
+without synchronization, on a tensor so small that the host is slower than the GPU.
 
 Without a GPU the launches are no-ops, and every row says so: tribn's are the host's share of a call
 on a GPU. torch.nn's rows then hold the operators of the CPU, which are small here but not nothing.
