@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def _kernels() -> Any:
     return kernels
 
 
-# By operator, what repeats its launch for tensors that are alike: see `kernels.repeat`
+# By operator, what repeats its launch for tensors that are alike: see `tribn.kernels.repeat`
 Repeats = dict[str, Callable[[tuple[Any, ...]], Any] | None]
 
 
@@ -50,22 +50,28 @@ def run(operator: Any, repeats: Repeats | None, args: tuple[Any, ...]) -> Any:
     repeat = repeats.get(name)
     if repeat is not None and (results := repeat(args)) is not None:
         return results
+    function = _implementation(name, args[0])
     if args[0].is_cpu and not _INTERPRET:
-        return getattr(reference, name)(*args)
-    return _kernels().call_and_remember(name, args, repeats)
+        return function(*args)
+    from tribn.kernels.repeat import call_and_remember
+
+    return call_and_remember(name, function, args, repeats)
 
 
-def _implementation(name: str, *args: Any) -> Any:
-    module = reference if args[0].is_cpu and not _INTERPRET else _kernels()
-    return getattr(module, name)(*args)
+def _implementation(name: str, x: Tensor) -> Callable[..., Any]:
+    return getattr(reference if x.is_cpu and not _INTERPRET else _kernels(), name)  # type: ignore[no-any-return]
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     """Defines tribn::name; `reference` and `kernels` implement it under the same name."""
     _lib.define(name + schema)
     operator = getattr(torch.ops.tribn, name).default
+
+    def run(*args: Any) -> Any:
+        return _implementation(name, args[0])(*args)
+
     for key in ("CPU", "CUDA"):
-        _lib.impl(name, partial(_implementation, name), key)
+        _lib.impl(name, run, key)
     torch.library.register_fake(f"tribn::{name}", fake, lib=_lib)
     return operator
 

@@ -2,7 +2,6 @@
 
 from tribn.kernels.backward import batch_norm_backward
 from tribn.kernels.forward import batch_norm_eval, batch_norm_train, batch_stats
-from tribn.kernels.repeat import call_and_remember
 from tribn.kernels.sync import (
     sync_backward_dx,
     sync_backward_reduce,
@@ -16,7 +15,6 @@ __all__ = [
     "batch_norm_eval",
     "batch_norm_train",
     "batch_stats",
-    "call_and_remember",
     "sync_backward_dx",
     "sync_backward_reduce",
     "sync_combine",

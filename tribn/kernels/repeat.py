@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from tribn import kernels, launch
+from tribn import launch
 from tribn.kernels import host
 from tribn.kernels.scratch import scratch
-from tribn.ops import Repeats
 
 Results = Sequence[Tensor | None]
 
@@ -78,13 +77,14 @@ def _like(t: Tensor) -> Callable[[], Tensor]:
     return partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
-def call_and_remember(name: str, args: tuple[Any, ...], repeats: Repeats) -> Results:
-    """Calls the launcher of an operator; if it makes one launch, that is remembered."""
-    function = getattr(kernels, name)
+def call_and_remember(
+    name: str, function: Callable[..., Results], args: tuple[Any, ...], repeats: dict[str, Any]
+) -> Results:
+    """Calls the function of an operator; if it makes one launch, that is remembered."""
     if name in repeats and repeats[name] is None:  # which it did not
-        return function(*args)  # type: ignore[no-any-return]
+        return function(*args)
     with host.recording() as launches:
-        results: Results = function(*args)
+        results = function(*args)
     repeats[name] = None
     if len(launches) == 1 and not isinstance(results, Tensor):
         with suppress(KeyError):
