@@ -241,7 +241,7 @@ def test_what_is_left_out_does_not_grow_with_the_input(tier, G, force):
     partials = 8 * C * (G if G > 1 else 0)
     # Besides, mean and variance, and both statistics that run; the parameters' gradients, and in
     # two launches the sums.
-    sums = 2 * 8 * C if tier is None else 0
+    sums = 8 * (1 + 2 * C) if tier is None else 0
     names = ("stats", "backward_reduce") if tier is None else ("forward", "backward")
     assert first[::2] == (names[0], 3 * partials + 4 * 4 * C)
     assert first_backward[::2] == (names[1], 2 * partials + 2 * 4 * C + sums)

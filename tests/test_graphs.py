@@ -40,7 +40,7 @@ class Recorded(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "tribn":
             with self:
-                return ops.run(function, True, *args)
+                return ops.run(function, {}, args)
         kwargs = kwargs or {}
         if function._schema.is_mutable:
             self.calls.append(partial(function, *args, **kwargs))

@@ -132,8 +132,8 @@ def normalize(
         residual = input.view_as(input)
     if not training:
         states.pop()
-    elif computing_again():
-        states = [None] * 3
+    elif computing_again():  # which is no repeat of a call that has moved them
+        states, repeats = [None] * 3, None
     inputs = (input, weight, bias, residual, mask, *states)
     y: Tensor
     if transform:
