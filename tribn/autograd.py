@@ -220,22 +220,19 @@ def backward(ctx: Any, dy: Tensor) -> Grads:
         else:
             dx, dweight, dbias, dresidual = BatchNormBackward.apply(*args)
     else:
-        repeats = _repeats(options.signature, [t for t in (dy, *tensors) if t is not None])
+        repeats, signature = None, options.signature
+        if signature is not None and not torch.compiler.is_compiling():
+            given = [t for t in (dy, *tensors) if t is not None]
+            if known := signature.recall(given):
+                repeats = known[1]
+            else:
+                signature.remember(given, None)
         dx, dweight, dbias, dresidual = distributed.batch_norm_backward(
             options.ranks, repeats, (dy, *tensors, *options.backward, *rest)
         )
     if needs_residual and not changed:
         dresidual = dy.to(residual_dtype)
     return dx, dweight, dbias, dresidual
-
-
-def _repeats(signature: ops.Signature | None, tensors: list[Tensor]) -> ops.Repeats | None:
-    if signature is None or torch.compiler.is_compiling():
-        return None
-    if known := signature.recall(tensors):
-        return known[1]
-    signature.remember(tensors, None)
-    return None
 
 
 def _with_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
