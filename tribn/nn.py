@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -65,10 +64,6 @@ def watched(module: torch.nn.Module) -> bool:
         or bool(everywhere._global_backward_hooks)
         or bool(everywhere._global_backward_pre_hooks)
     )
-
-
-_PARAMETERS = itemgetter("weight", "bias")
-_BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
 
 
 class Layer(torch.nn.modules.batchnorm._BatchNorm):
@@ -223,8 +218,12 @@ class Layer(torch.nn.modules.batchnorm._BatchNorm):
         return None
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
+        parameters, buffers = self._parameters, self._buffers
         try:  # self.weight takes nn.Module ten times as long
-            return _PARAMETERS(self._parameters) + _BUFFERS(self._buffers)  # type: ignore[no-any-return]
+            return (
+                *(parameters["weight"], parameters["bias"]),
+                *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
+            )
         except KeyError:  # pruned, parametrized and replicated ones are elsewhere
             return (
                 *(self.weight, self.bias),
