@@ -609,6 +609,12 @@ BAD_CALLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("training", [[True], 1, None])
+def test_training_that_is_no_bool(training):
+    with pytest.raises(TypeError, match=r"training is .*: it must be True or False"):
+        batch_norm(torch.randn(5, 3), None, None, training=training)
+
+
 @pytest.mark.parametrize(
     ("replaced", "error", "message", "training"),
     [

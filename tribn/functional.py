@@ -228,7 +228,7 @@ def _recall(
         if call is not None and not call.like(types, numbers):
             call = None
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        pass  # no dense tensor, or a number that is none
+        key = None  # no dense tensor, or a number that is none
     if call is None:
         places = [place for place, t in enumerate(tensors) if t is not None]
         given = itemgetter(*places) if len(places) > 1 else itemgetter(slice(1))
