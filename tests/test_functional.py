@@ -1,7 +1,10 @@
 """batch_norm and batch_stats against extended precision, with torch's own error as the measure."""
 
+import gc
 import inspect
+import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -33,6 +36,7 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tribn.functional import batch_norm, batch_stats
@@ -607,6 +611,23 @@ BAD_CALLS = [
     *[({"input": torch.ones(s), "lengths": torch.ones(5).int()}, ValueError,
        "lengths has shape .*give a mask", BOTH) for s in ((5, 3), (5, 3, 2, 2))],
 ]  # fmt: skip
+
+
+def test_traced_with_symbolic_sizes():
+    """Which cannot be hashed."""
+    x = torch.randn(5, 4)
+    traced = make_fx(partial(batch_norm, training=True), tracing_mode="symbolic")(x, None, None)
+    assert torch.equal(traced(x, None, None), batch_norm(x, None, None, training=True))
+
+
+def test_calls_that_fail_are_forgotten():
+    eps = torch.zeros(1000)
+    held = weakref.ref(eps)
+    with pytest.raises(TypeError, match="eps is"):
+        batch_norm(torch.randn(5, 3), None, None, training=True, eps=eps)
+    del eps
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("training", [[True], 1, None])

@@ -151,6 +151,9 @@ CHANGES = {
     "strides of a statistic": of_layer(
         lambda layer: setattr(layer, "running_var", layer.running_var.repeat(2)[::2])
     ),
+    "strides of the weight": of_layer(
+        lambda layer: setattr(layer.weight, "data", layer.weight.data.repeat(2)[::2])
+    ),
     "margin": of_layer(lambda layer: tribn.set_sm_margin(1)),
     "mode": of_layer(lambda layer: layer.eval()),
 }
@@ -194,6 +197,24 @@ def test_backward_of_the_input_repeats_none_of_the_output(device):
         first = copy.deepcopy(layer)
         for _ in range(CALLS):
             assert_same(step(layer, x, dy), step_as_if_first(first, x, dy))
+
+
+def test_strides_that_change_before_backward(device):
+    layer = tribn.BatchNorm2d(4).to(device)
+    for x, dy, _ in batches(device):
+        step(layer, x, dy)
+    x.requires_grad_()
+    layer.weight.data = torch.arange(8.0, device=device)[::2]
+    (expected,) = torch.autograd.grad(layer(x), x, dy)
+    y = layer(x)
+    layer.weight.data = torch.arange(0.0, 8.0, 2.0, device=device)
+    assert torch.equal(*torch.autograd.grad(y, x, dy), expected)
+    layer.weight.data = layer.weight.data.clone()
+    for _ in range(CALLS):
+        torch.autograd.grad(layer(x), x, dy)
+    y = layer(x)
+    layer.weight.data = torch.arange(8.0, device=device)[::2]
+    assert torch.equal(*torch.autograd.grad(y, x, dy), expected)
 
 
 def test_a_weight_is_no_bias(device):

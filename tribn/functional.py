@@ -229,17 +229,18 @@ def _recall(
             call = None
     except (AttributeError, RuntimeError, TypeError, ValueError):
         key = None  # no dense tensor, or a number that is none
+    if call is not None and (found := call.forward.recall(call.given(tensors))):
+        return found
     if call is None:
         places = [place for place, t in enumerate(tensors) if t is not None]
         given = itemgetter(*places) if len(places) > 1 else itemgetter(slice(1))
-        call = _Call(types, numbers, given, ops.Signature(exact=True), ops.Signature(exact=False))
+        call = _Call(types, numbers, given, ops.Signature(), ops.Signature())
+    options = _checked(layer, call.backward, *tensors, *numbers)
+    call.forward.remember(call.given(tensors), options)
+    if key is not None:
         if len(_calls) >= MOST_CALLS:
             _calls.clear()
         _calls[key] = call
-    if found := call.forward.recall(call.given(tensors)):
-        return found
-    options = _checked(layer, call.backward, *tensors, *numbers)
-    call.forward.remember(call.given(tensors), options)
     return options, None
 
 

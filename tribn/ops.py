@@ -95,12 +95,10 @@ class Signature:
 
     Plain tensors are those in whose operators nothing has a say but CPU, CUDA and autograd: no
     subclass, mode, transform or tracer. The comparison is that of torch.compile's guards: types,
-    dtypes, devices, ranks, requires_grad and dispatch keys, also those that modes add; and, where
-    it is to be exact, sizes and strides.
+    dtypes, devices, sizes, strides, requires_grad and dispatch keys, also those that modes add.
     """
 
-    def __init__(self, exact: bool) -> None:
-        self._exact = exact
+    def __init__(self) -> None:
         self._last: tuple[int, Any, Any] = 0, None, None  # how many, their guards, what goes along
         self._met = False
 
@@ -118,8 +116,7 @@ class Signature:
     def remember(self, tensors: Sequence[Tensor], value: Any) -> None:
         """Not at the first time, which may remain the only one: this takes longer than it saves."""
         if self._met and _TensorGuards is not None and _plain(tensors):
-            free = None if self._exact else [[None] * t.dim() for t in tensors]
-            guards = _TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free)
+            guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             self._last = len(tensors), guards, (value, {})
         self._met = True
 

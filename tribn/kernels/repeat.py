@@ -20,7 +20,11 @@ Results = Sequence[Tensor | None]
 
 
 class Repeat:
-    """The one launch of a call, for tensors that have the shapes, dtypes and device of before."""
+    """The one launch of a call, for tensors that are alike but for what they hold and where.
+
+    Which are absent, dtypes, shapes, strides and device are as before: `ops.Signature` tells. Here
+    the numbers are compared that go along, and alignment.
+    """
 
     def __init__(
         self, name: str, args: tuple[Any, ...], results: Results, launched: host.Launched
@@ -38,8 +42,7 @@ class Repeat:
         given = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
         self.count = max(given) + 1
         self.rest = args[self.count :]
-        large = [(i, args[i]) for i in given if args[i].dim() > 1]
-        self.large = [(i, t.stride(), t.data_ptr() % 16) for i, t in large]
+        self.large = [(i, args[i].data_ptr() % 16) for i in given if args[i].dim() > 1]
         self.device = args[0].device
         self.index = self.device.index
         self.new = [t if t is None else _like(t) for t in results]
@@ -51,9 +54,8 @@ class Repeat:
         """What the call gives; None if it is another one."""
         if args[self.count :] != self.rest or launch.sm_margin != self.sm_margin:
             return None
-        for i, stride, offset in self.large:
-            t = args[i]
-            if t.stride() != stride or t.data_ptr() % 16 != offset:
+        for i, offset in self.large:
+            if args[i].data_ptr() % 16 != offset:
                 return None
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
@@ -80,7 +82,7 @@ def _like(t: Tensor) -> Callable[[], Tensor]:
 def call_and_remember(
     name: str, function: Callable[..., Results], args: tuple[Any, ...], repeats: dict[str, Any]
 ) -> Results:
-    """Calls the function of an operator; if it makes one launch, that is remembered."""
+    """Calls the function of an operator; one launch of nothing but its tensors is remembered."""
     if name in repeats and repeats[name] is None:  # which it did not
         return function(*args)
     with host.recording() as launches:
