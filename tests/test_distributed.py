@@ -826,6 +826,28 @@ class Two(torch.nn.Module):
         return x
 
 
+def not_of_every_group(rank, call):
+    """Rank 2 is in no group of the layer that it does not use."""
+    model = Two(group_of([0, 1], TIMEOUT) or dist.GroupMember.NON_GROUP_MEMBER)
+    model.b.process_group = group_of([0, 1, 2], TIMEOUT)
+    if rank == 2:
+        model.used = (model.b,)
+    if rank < 3:
+        call(model, [torch.randn(4, 5)] * 2)
+    return model.a.running_mean, model.b.running_mean
+
+
+@OF_NO_KERNEL
+@pytest.mark.parametrize("call", [tribn.update_stats, accumulate])
+def test_ranks_wait_for_those_of_their_groups_alone(call, pool):
+    first, second, third, _ = pool(not_of_every_group, call)
+    assert torch.equal(first[0], second[0])
+    assert first[0].any()
+    assert not third[0].any()
+    assert torch.equal(first[1], third[1])
+    assert first[1].any()
+
+
 def using_others(rank, call):
     """Rank 1 calls one layer twice where the others call two."""
     group = group_of([0, 1, 2], TIMEOUT)

@@ -361,21 +361,26 @@ def meet(row: Tensor, group: str, kind: int) -> None:
     """Waits for all ranks of a group to come with the same, and raises what `agree` does."""
     found = _resolve(group)
     try:
-        turn = _turn(found, kind, _timeout(found, row.device))
+        come = _meet(found, kind, _timeout(found, row.device))
     except torch.distributed.DistNetworkError as error:
         raise RuntimeError(
             f"rank {found.rank()} of the process group has lost the store in which ranks meet: the "
             "process that keeps it, rank 0 as a rule, has ended"
         ) from error
-    store = _store(found)
-    come = {} if store.get(f"{turn}/outcome") == b"True" else _come(found, turn)
-    if store.add(f"{turn}/left", 1) == found.size():  # another group may be given this store
-        for key in ("come", "left", "outcome", *(f"kind/{k}" for k in {kind, *come.values()})):
+    check_same(come)
+
+
+def _meet(group: Any, kind: int, timeout: timedelta) -> list[int]:
+    """What all ranks have come with, once if it is the same."""
+    store, turn = _store(group), _turn(group, kind, timeout)
+    same = store.get(f"{turn}/outcome") == b"True"
+    come = [kind] if same else [*_come(group, turn).values()]
+    if store.add(f"{turn}/left", 1) == group.size():  # another group may be given this store
+        for key in ("come", "left", "outcome", *(f"kind/{k}" for k in {*come})):
             store.delete_key(f"{turn}/{key}")
-        for rank in range(found.size()):
+        for rank in range(group.size()):
             store.delete_key(f"{turn}/rank/{rank}")
-    if come:
-        check_same(list(come.values()))
+    return come
 
 
 def _turn(group: Any, kind: int, timeout: timedelta) -> str:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from tribn import ops
 from tribn.activation import Activation, parse
-from tribn.distributed import gather, is_dtensor, meet
+from tribn.distributed import Ranks, gather, is_dtensor, meet
 from tribn.functional import batch_stats, check_model, computing_again, mask_of, merge_stats
 from tribn.nn import Layer, ranks_of
 from tribn.reference import DONE, accumulator, check_same, kind
@@ -134,11 +134,16 @@ def update_stats(
 
 
 def _wait_for_all_ranks(layers: Sequence[Layer]) -> None:
-    """Raises unless all ranks of all groups of layers are done in time."""
-    groups = {ranks.group: layer for layer in layers if (ranks := ranks_of(layer)) is not None}
-    for group, layer in groups.items():
+    """Raises unless all ranks of all groups that this one belongs to are done in time."""
+    groups: dict[Ranks, Layer] = {}
+    for layer in layers:
+        group = layer._group()
+        member = group is not None and torch.distributed.get_rank(group) >= 0
+        if member and (ranks := Ranks.of(group)) is not None:
+            groups[ranks] = layer
+    for ranks, layer in groups.items():
         assert layer.running_mean is not None
-        meet(layer.running_mean, group, DONE)
+        meet(layer.running_mean, ranks.group, DONE)
 
 
 def _of_all_ranks(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> Moments:
@@ -179,7 +184,7 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is no module; a layer was given a DTensor, or torch.func.vmap calls it.
         ValueError, RuntimeError: ranks of a `SyncBatchNorm` differ, as in its calls, or in which
-            layers they have used; nothing moves on any.
+            layers they have used; nothing moves on any, if these are of one group.
     """
     layers = [layer for layer in _layers(model) if layer.track_running_stats]
     rows: dict[Layer, list[Tensor]] = {}
