@@ -114,8 +114,9 @@ def normalize(
     tensors: tuple[Any, ...], numbers: tuple[Any, ...], process_group: Any = None, layer: Any = None
 ) -> Tensor:
     """`batch_norm` with its arguments in the order of `_checked`; a layer has checks of its own."""
-    input, residual, mask, lengths, weight, bias, *states = tensors
+    input, residual, mask, lengths, weight, bias, *_ = tensors
     training = numbers[0]
+    state = tensors[6:] if training else tensors[6:8]  # evaluation counts nothing
     ranks = Ranks.of(process_group) if training and process_group is not None else None
     numbers = (*numbers, torch.is_grad_enabled(), ranks)
     transform = transformed()
@@ -130,11 +131,9 @@ def normalize(
         residual = residual.to(input.dtype)
     if residual is input:  # torch.compile takes no tensor twice
         residual = input.view_as(input)
-    if not training:
-        states.pop()
-    elif computing_again():  # which is no repeat of a call that has moved them
-        states, repeats = [None] * 3, None
-    inputs = (input, weight, bias, residual, mask, *states)
+    if training and computing_again():  # which is no repeat of a call that has moved it
+        state, repeats = (None,) * 3, None
+    inputs = (input, weight, bias, residual, mask, *state)
     y: Tensor
     if transform:
         y, *_ = transforms.batch_norm(options, *inputs)
