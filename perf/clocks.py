@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,8 +61,10 @@ def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> d
 def unsynchronized() -> Iterator[None]:
     """Raises where the host would wait for the device: a capture would break down there."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

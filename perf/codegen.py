@@ -156,7 +156,7 @@ def compiling(target: str) -> Iterator[list[Any]]:
     with (
         absent(target),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(host, "start", lambda kept, args: compiled.append(kept.kernel)),
+        mock.patch.object(host, "start", lambda kept, *args: compiled.append(kept.kernel)),
     ):
         yield compiled
 

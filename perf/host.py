@@ -71,7 +71,7 @@ Call = Callable[[], Any]
 Key = tuple[str, str, str, str]  # op, direction, provider, layer
 
 
-def nothing(kept: Any, args: Any) -> None:
+def nothing(*args: Any) -> None:
     """A mock would take its time."""
 
 

@@ -343,7 +343,7 @@ def test_caches_are_told_what_comes_again(one_dtype, target):
 def test_programs_that_wait_fit_the_device(name, target):
     """As many as the plan starts, in the registers and shared memory that they turn out to need."""
     x, found = tensor(*TENSORS[name][:3]), []
-    with compiling(target), mock.patch.object(host, "start", lambda kept, _: found.append(kept)):
+    with compiling(target), mock.patch.object(host, "start", lambda kept, *_: found.append(kept)):
         train_and_evaluate(x, LAYER)
     assert {kept.function.__name__ for kept in found} >= {"forward_kernel", "backward_kernel"}
     for kept in found:

@@ -281,8 +281,8 @@ def test_momentum_none_reads_no_value_in_the_functions(device):
 @pytest.mark.gpu
 def test_momentum_none_does_not_synchronize():
     train_step("cuda")
-    torch.cuda.set_sync_debug_mode("error")  # a synchronization raises
     try:
+        torch.cuda.set_sync_debug_mode("error")  # a synchronization raises
         counter = train_step("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -232,7 +232,7 @@ CHANGES = {
     "input layout": (lambda layer, x: x.detach().to_sparse(), TypeError, "input is torch.sparse"),
     "weight size": (lambda layer, x: setattr(layer.weight, "data", torch.ones(4)), ValueError, "4"),
     "statistic expanded": (
-        lambda layer, x: setattr(layer, "running_mean", torch.zeros(1).expand(3).to(x.device)),
+        lambda layer, x: setattr(layer, "running_mean", torch.zeros(1, device=x.device).expand(3)),
         ValueError,
         "running_mean is expanded",
     ),

@@ -256,11 +256,11 @@ def test_a_repeat_that_is_refused_is_two_launches(device, monkeypatch):
     monkeypatch.setattr(host, "_launchers", {})
     start, started = host.start, []
 
-    def refuse(kept, args):
+    def refuse(kept, *args):
         started.append(kept.function.__name__.removesuffix("_kernel"))
         if kept.plan.tier is not None:
             raise host.Refused
-        start(kept, args)
+        start(kept, *args)
 
     monkeypatch.setattr(host, "start", refuse)
     tried, two = ["forward", "forward"], ["stats", "normalize"]

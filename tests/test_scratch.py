@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -384,9 +385,11 @@ def test_what_counts_as_refused(message, waits, error, monkeypatch):
     def launch(*args):
         raise RuntimeError(message)
 
-    monkeypatch.setattr(host, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-    kernel = {(7, 1, 1): launch}  # Triton's compiled kernels take three numbers
-    kept = SimpleNamespace(kernel=kernel, plan=SimpleNamespace(grid=(7,), waits=waits))
+    monkeypatch.setattr(host.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(host, "driver", Mock())
+    kernel = SimpleNamespace(run=launch, function=None, packed_metadata=None)
+    plan = SimpleNamespace(grid=(7,), waits=waits)
+    kept = SimpleNamespace(kernel=kernel, plan=plan, constants=())
     with pytest.raises(RuntimeError) as raised:
-        host.start(kept, ())
+        host.start(kept, (), (), ())
     assert type(raised.value) is error

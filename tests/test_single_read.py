@@ -405,11 +405,11 @@ def test_what_the_driver_refuses_is_two_launches(monkeypatch):
     monkeypatch.setattr(host, "_launchers", {})
     monkeypatch.setattr(host, "_refused", set())
 
-    def refuse(kept, args):
+    def refuse(kept, *args):
         started.append(kept.function.__name__)
         if kept.plan.waits:
             raise host.Refused
-        start(kept, args)
+        start(kept, *args)
 
     monkeypatch.setattr(host, "start", refuse)
     ours, theirs = (run(function, t, True) for function in (batch_norm, torch_batch_norm))

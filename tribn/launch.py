@@ -10,11 +10,14 @@ from typing import Any
 
 WARPS = 8  # of a program with a full tile
 BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
+VISITED_PER_THREAD = 64  # the same of programs that visit their tiles twice, where registers allow
 HELD_PER_THREAD = 64  # elements in registers, of all tensors, of 4 bytes: two such programs fit
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
+UNREDUCED_PER_SM = 8  # of those that sum up nothing
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
 BARRIER = 1  # what waiting costs, in tiles of a program
+FEWEST_GROUPS = 3  # fewer wait for memory and for each other at the same time, and the device idles
 
 
 sm_margin = 0  # multiprocessors that plans leave alone
@@ -175,6 +178,14 @@ class Plan:
         # One of them for each channel
         return self.block_c if self.splits > max(self.block_g(1), self.block_c) else 1
 
+    @property
+    def stages(self) -> int:
+        """How many tiles a loop has under way, in shared memory, if it is more than one.
+
+        Where neighbours are of one channel, what that costs in programs outweighs it.
+        """
+        return 3 if self.channels_last else 1
+
     def block_g(self, mergers: int) -> int:
         """How many partial results one of so many mergers takes at once."""
         return max(1, MERGED_AT_ONCE * mergers // self.block_c) if mergers else 1
@@ -199,14 +210,19 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def make_plan(layout: Layout, itemsize: int, device: Device, bits: bool = False) -> Plan:
+def make_plan(
+    layout: Layout, itemsize: int, device: Device, bits: bool = False, reduces: bool = True
+) -> Plan:
     """The plan for tensors of `itemsize` bytes an element in `layout` on `device`.
 
     With `bits` the tile holds whole bytes of one bit an element.
     """
     plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize)
     tiles = _tiles(plan, layout)
-    splits = _cdiv(CTAS_PER_SM * device.sms, plan.channel_blocks)
+    if not reduces and not layout.channels_last and plan.vec * itemsize == 16:
+        return _split(plan, layout, 1)  # a tile has one channel, whose numbers are soon loaded
+    programs = (CTAS_PER_SM if reduces else UNREDUCED_PER_SM) * device.sms
+    splits = _cdiv(programs, plan.channel_blocks)
     tiles_per_split = max(_cdiv(tiles, splits), min(tiles, TILES_PER_SPLIT))
     return _split(plan, layout, tiles_per_split)
 
@@ -220,6 +236,7 @@ def single_read_plan(
     bits: bool = False,
     programs_per_sm: int = 2,
     held_per_thread: int = HELD_PER_THREAD,
+    visited_per_thread: int = VISITED_PER_THREAD,
 ) -> Plan:
     """The plan that visits all tiles of a slab of channels twice, as far as possible on the chip.
 
@@ -227,15 +244,17 @@ def single_read_plan(
     a multiprocessor holds, which only compiling the kernel for them tells.
     """
     most = held_per_thread // inputs // (4 if itemsize == 8 else 1)
-    # Slabs as narrow as memory allows: in runs of 64 bytes, the least that DRAM moves, over
-    # neighbouring channels, and of 256 over planes, which start anywhere.
-    narrow = 64 // itemsize
-    if not layout.channels_last:
-        narrow = _pow2_above(_cdiv(256, layout.S * itemsize))
+
+    def narrow(run: int) -> int:
+        """The fewest channels in a run of so many bytes; planes start anywhere."""
+        if layout.channels_last:
+            return run // itemsize
+        return _pow2_above(_cdiv(256, layout.S * itemsize))
+
     held = []
     per_thread = BYTES_PER_THREAD // itemsize
     while per_thread <= most:
-        plan = _tile(layout, itemsize, bits, per_thread, narrow)
+        plan = _tile(layout, itemsize, bits, per_thread, narrow(64))  # the least that DRAM moves
         tiles = _tiles(plan, layout)
         # Of a group one program fits each multiprocessor, and two of all groups.
         if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= 2 * device.sms):
@@ -248,10 +267,14 @@ def single_read_plan(
         return replace(plan, tier="registers", groups=groups)
 
     total = layout.N * layout.C * layout.S * itemsize
-    plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize, narrow)
+    per_thread = visited_per_thread // itemsize
+    plan = _tile(layout, itemsize, bits, per_thread, narrow(128))  # a line of the cache
     slab = inputs * min(plan.block_c, layout.C) * layout.N * layout.S * itemsize
     at_once = device.l2 // 2 // slab
-    tier = "l2" if at_once else "memory"
+    tier = "l2"
+    if at_once < min(FEWEST_GROUPS, plan.channel_blocks):
+        plan = _tile(layout, itemsize, bits, per_thread, narrow(256))
+        at_once, tier = 0, "memory"
     programs, slabs = device.sms * programs_per_sm, plan.channel_blocks
     tiles = _tiles(plan, layout)
 

@@ -32,7 +32,7 @@ def log1p(x):
 
 @triton.jit
 def relu(z, p, q):
-    return tl.where(z <= 0.0, 0.0, z)
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

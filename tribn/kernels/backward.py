@@ -23,12 +23,13 @@ from tribn.kernels.tile import (
     affine,
     bit_offsets,
     channels,
+    fold,
     group_barrier,
     is_last,
     load,
     load_or,
     merge_sums,
-    offsets,
+    pointers,
     reciprocal,
     reciprocal_std,
     reduced,
@@ -89,21 +90,21 @@ def load_inputs(
     BLOCK_S: tl.constexpr,
 ):
     """A tile of dy, x and of bits or residual; dy stands in for what there is not."""
-    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
     exists = c_mask[:, None] & exists[None, :]
     strides = (stride_dyn, stride_dyo, stride_dyi)
-    dy = load(dy_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+    dy = load(dy_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
     x = dy
     more = dy
     if x_ptr is not None:
         strides = (stride_xn, stride_xo, stride_xi)
-        x = load(x_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+        x = load(x_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
     if bits_ptr is not None:
         at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
         more = tl.load(bits_ptr + at, whole, other=0)
     elif residual_ptr is not None:
         strides = (stride_rn, stride_ro, stride_ri)
-        more = load(residual_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+        more = load(residual_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
     return dy, x, more
 
 
@@ -121,6 +122,7 @@ def upstream(
     x_ptr,
     residual_ptr,
     bits_ptr,
+    mask_ptr,
     PRE: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -153,7 +155,9 @@ def upstream(
             source += more.to(DTYPE)
     if GRAD is not None:
         g = GRAD(g, source, p, q)
-    return tl.where(valid, g, 0.0), deviation, source
+    if mask_ptr is not None:
+        g = tl.where(valid, g, 0.0)
+    return g, deviation, source
 
 
 @triton.jit
@@ -184,14 +188,17 @@ def terms(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """g and g * (PRE(x) - mean) of a tile, 0 where nothing counts."""
-    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)[None, :]
+    """Sums of g and of g * (PRE(x) - mean) over a few elements each of a tile."""
+    exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)[None, :]
     g, deviation, _ = upstream(
-        *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+        *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr, mask_ptr),
         *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
     )
-    return g, tl.where(valid, g * deviation, 0.0)
+    g_x = g * deviation
+    if mask_ptr is not None:
+        g_x = tl.where(valid, g_x, 0.0)
+    return fold(g, VEC, CHANNELS_LAST), fold(g_x, VEC, CHANNELS_LAST)
 
 
 @triton.jit
@@ -253,6 +260,7 @@ def backward_reduce_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Two sums, and the parameters' gradients, which they are; g = GRAD(dy) is dresidual.
 
@@ -269,34 +277,36 @@ def backward_reduce_kernel(
         c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    sum_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-    sum_g_x = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-    for tile in range(first, last):
+    sum_g = fold(tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE), VEC, CHANNELS_LAST)
+    sum_g_x = sum_g
+    for tile in tl.range(first, last, num_stages=STAGES):
         dy, x, more = load_inputs(
             *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
             *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
             *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
         )
-        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)[None, :]
+        exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)[None, :]
         mask = c_mask[:, None] & exists[None, :]
         dx, deviation, source = upstream(
-            *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+            *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr, mask_ptr),
             *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
         )
-        sum_g += dx
+        sum_g += fold(dx, VEC, CHANNELS_LAST)
         if x_ptr is not None:
-            sum_g_x += tl.where(valid, dx * deviation, 0.0)
-        at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
+            dx_x = dx * deviation
+            if mask_ptr is not None:
+                dx_x = tl.where(valid, dx_x, 0.0)
+            sum_g_x += fold(dx_x, VEC, CHANNELS_LAST)
         if dresidual_ptr is not None:
-            store(dresidual_ptr, at, dx, mask, "")
+            store(pointers(dresidual_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, "")
         if dx_ptr is not None:
             dx = dx * scale[:, None]
             if PRE_GRAD is not None:
                 dx = PRE_GRAD(dx, source, p, q)
             if mask_ptr is not None:
                 dx = tl.where(valid, dx, 0.0)
-            store(dx_ptr, at, dx, mask, "")
+            store(pointers(dx_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, "")
     sum_g = tl.sum(sum_g, 1).to(tl.float64)
     sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
     results = (sums_ptr, dweight_ptr, dbias_ptr)
@@ -322,9 +332,9 @@ def store_results(kind, sum_g, sum_g_x, rstd, C, c, c_mask, sums_ptr, dweight_pt
 def store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr):
     """Stores the gradients of weight and bias, those of them that are wanted."""
     if dweight_ptr is not None:
-        store(dweight_ptr, c, sum_g_x * rstd, c_mask, "")
+        store(dweight_ptr + c, sum_g_x * rstd, c_mask, "")
     if dbias_ptr is not None:
-        store(dbias_ptr, c, sum_g, c_mask, "")
+        store(dbias_ptr + c, sum_g, c_mask, "")
 
 
 @triton.jit
@@ -378,16 +388,15 @@ def write(
     BLOCK_S: tl.constexpr,
 ):
     """Stores dx and dresidual of a tile; CENTRED: the statistics are functions of x."""
-    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)[None, :]
+    exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)[None, :]
     mask = c_mask[:, None] & exists[None, :]
     dx, deviation, source = upstream(
-        *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
+        *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr, mask_ptr),
         *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
     )
-    at = offsets(n, c, s, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST)
     if dresidual_ptr is not None:
-        store(dresidual_ptr, at, dx, mask, EVICTION)
+        store(pointers(dresidual_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, EVICTION)
     if dx_ptr is not None:
         if CENTRED:
             dx = dx - offset[:, None] - deviation * slope[:, None]
@@ -396,7 +405,7 @@ def write(
             dx = PRE_GRAD(dx, source, p, q)
         if mask_ptr is not None:
             dx = tl.where(valid, dx, 0.0)
-        store(dx_ptr, at, dx, mask, EVICTION)
+        store(pointers(dx_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, EVICTION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
@@ -445,6 +454,7 @@ def backward_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx = PRE_GRAD(weight * rstd * (g - sum(g) / n - z * sum(g * z) / n)).
 
@@ -466,7 +476,7 @@ def backward_dx_kernel(
         sum_g = tl.load(sums_ptr + (1 + c), c_mask, other=0.0)
         sum_g_x = tl.load(sums_ptr + (1 + C + c), c_mask, other=0.0)
         offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
-    for tile in range(last - 1, first - 1, -1):
+    for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         dy, x, more = load_inputs(
             *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
             *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
@@ -535,6 +545,7 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """All gradients in training; the formulas are those of the other two kernels.
 
@@ -562,9 +573,9 @@ def backward_kernel(
                 *(CHANNELS_LAST, BLOCK_N, BLOCK_S),
             )
         else:
-            sum_g = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-            sum_g_x = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-            for tile in range(first, last):
+            sum_g = fold(tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE), VEC, CHANNELS_LAST)
+            sum_g_x = sum_g
+            for tile in tl.range(first, last, num_stages=STAGES):
                 dy, x, more = load_inputs(
                     *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
                     *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn),
@@ -609,7 +620,7 @@ def backward_kernel(
                 *(INVERSE, LAST, DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
             )
         else:
-            for tile in range(last - 1, first - 1, -1):
+            for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
                 dy, x, more = load_inputs(
                     *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
                     *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn),

@@ -25,13 +25,14 @@ from tribn.kernels.tile import (
     affine,
     bit_offsets,
     channels,
+    fold,
     group_barrier,
     is_last,
     load,
     load_or,
     merge_stats,
-    offsets,
     pack,
+    pointers,
     reciprocal,
     reciprocal_std,
     reduced,
@@ -70,6 +71,7 @@ def split_stats(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean, sum of squared deviations and count of PRE(x) in some tiles, float64 [BLOCK_C].
 
@@ -78,17 +80,17 @@ def split_stats(
     cancellation costs at most a factor k + 1 in the variance's rounding error. Also returns x of
     that tile; with HELD it is the only one.
     """
-    n, s, exists = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+    start = first
+    exists, _ = reduced(start, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, start, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
     if mask_ptr is not None:
-        start = first
         while (start + 1 < last) & (tl.sum(valid.to(tl.int32), 0) == 0):
             start += 1
-            n, s, exists = reduced(start, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-            valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+            exists, _ = reduced(start, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            valid = unmasked(exists, mask_ptr, start, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
     exists = c_mask[:, None] & exists[None, :]
     strides = (stride_xn, stride_xo, stride_xi)
-    held = load(x_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST)
+    held = load(x_ptr, start, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
     x = held.to(DTYPE)
     if PRE is not None:
         x = PRE(x, p, q)
@@ -108,22 +110,25 @@ def split_stats(
             count = tl.zeros([], tl.int64)
         else:
             count = tl.zeros([BLOCK_N * BLOCK_S], tl.int32)
-        total = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-        square = tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE)
-        for tile in range(first, last):
-            n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-            valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+        total = fold(tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE), VEC, CHANNELS_LAST)
+        square = total
+        for tile in tl.range(first, last, num_stages=STAGES):
+            exists, whole = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
             exists = c_mask[:, None] & exists[None, :]
-            x = load(x_ptr, n, c, s, exists, *strides, EVICTION, VEC, CHANNELS_LAST).to(DTYPE)
+            x = load(x_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)).to(DTYPE)
             if PRE is not None:
                 x = PRE(x, p, q)
-            deviation = tl.where(valid[None, :], x - shift[:, None], 0.0)
+            deviation = x - shift[:, None]
             if mask_ptr is None:
                 count += tile_count(tile, N, S, BLOCK_N, BLOCK_S)
+                if not whole:
+                    deviation = tl.where(valid[None, :], deviation, 0.0)
             else:
                 count += valid.to(tl.int32)
-            total += deviation
-            square += deviation * deviation
+                deviation = tl.where(valid[None, :], deviation, 0.0)
+            total += fold(deviation, VEC, CHANNELS_LAST)
+            square += fold(deviation * deviation, VEC, CHANNELS_LAST)
 
     if mask_ptr is not None:
         count = tl.sum(count.to(tl.int64), 0)
@@ -165,8 +170,8 @@ def store_and_track(
     BLOCK_C: tl.constexpr,
 ):
     """Stores the batch's statistics, and moves the running ones towards them."""
-    store(mean_ptr, c, mean, c_mask, "")
-    store(var_ptr, c, var, c_mask, "")
+    store(mean_ptr + c, mean, c_mask, "")
+    store(var_ptr + c, var, c_mask, "")
     if running_mean_ptr is not None:
         moves = c_mask
         if MAY_BE_EMPTY:
@@ -175,12 +180,12 @@ def store_and_track(
             finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
             moves = moves & finite
         running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-        store(running_mean_ptr, c, running * (1.0 - momentum) + mean * momentum, moves, "")
+        store(running_mean_ptr + c, running * (1.0 - momentum) + mean * momentum, moves, "")
         if MAY_BE_EMPTY:
             moves = moves & (count > correction)
         unbiased = m2 * reciprocal(count - correction)
         running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
-        store(running_var_ptr, c, running * (1.0 - momentum) + unbiased * momentum, moves, "")
+        store(running_var_ptr + c, running * (1.0 - momentum) + unbiased * momentum, moves, "")
 
 
 @triton.jit
@@ -241,6 +246,7 @@ def stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Statistics of PRE(x), as a row, or stored while the running ones move towards them.
 
@@ -255,7 +261,7 @@ def stats_kernel(
     count, mean, m2, _ = split_stats(
         *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
         *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
-        *(BLOCK_N, BLOCK_C, BLOCK_S),
+        *(BLOCK_N, BLOCK_C, BLOCK_S, STAGES),
     )
     whole = True
     if partials_ptr is not None:
@@ -341,17 +347,18 @@ def write(
     BLOCK_S: tl.constexpr,
 ):
     """Stores y and bits of a tile of x."""
-    n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-    valid = unmasked(exists, mask_ptr, n, s, stride_mn, stride_ms)
+    exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
     mask = c_mask[:, None] & exists[None, :]
+    if residual_ptr is not None:
+        strides = (stride_rn, stride_ro, stride_ri)
+        r = load(residual_ptr, tile, c, S, mask, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
     x = x.to(DTYPE)
     if PRE is not None:
         z = affine(PRE(x, p, q), mean, scale, bias)
     else:
         z = affine(x, mean, scale, bias)
     if residual_ptr is not None:
-        strides = (stride_rn, stride_ro, stride_ri)
-        r = load(residual_ptr, n, c, s, mask, *strides, EVICTION, VEC, CHANNELS_LAST)
         z += r.to(DTYPE)
     if POST is not None:
         y = POST(z, p, q)
@@ -359,8 +366,9 @@ def write(
         y = z
     if mask_ptr is not None:
         y = tl.where(valid[None, :], y, 0.0)
-    at = offsets(n, c, s, stride_yn, stride_yo, stride_yi, VEC, CHANNELS_LAST)
-    tl.store(y_ptr + at, y, mask, eviction_policy=EVICTION)
+    strides = (stride_yn, stride_yo, stride_yi)
+    at = pointers(y_ptr, tile, c, S, *strides, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    tl.store(at, y, mask, eviction_policy=EVICTION)
     if bits_ptr is not None:
         if PRE is not None:
             z = x
@@ -409,6 +417,7 @@ def normalize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -427,11 +436,11 @@ def normalize_kernel(
     bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
     scale = weight * reciprocal_std(var, eps, DTYPE)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    for tile in range(last - 1, first - 1, -1):
-        n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
+        exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         exists = c_mask[:, None] & exists[None, :]
         strides = (stride_xn, stride_xo, stride_xi)
-        x = load(x_ptr, n, c, s, exists, *strides, "", VEC, CHANNELS_LAST)
+        x = load(x_ptr, tile, c, S, exists, *strides, *("", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
         write(
             *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr, mask_ptr),
             *(N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro, stride_ri),
@@ -494,6 +503,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual), and its statistics.
 
@@ -515,7 +525,7 @@ def forward_kernel(
         count, mean, m2, held = split_stats(
             *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
             *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST),
-            *(BLOCK_N, BLOCK_C, BLOCK_S),
+            *(BLOCK_N, BLOCK_C, BLOCK_S, STAGES),
         )
         if MERGERS > 0:
             counter_ptr = counters_ptr + (1 + group).to(tl.int64)
@@ -559,11 +569,11 @@ def forward_kernel(
                 *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
             )
         else:
-            for tile in range(last - 1, first - 1, -1):
-                n, s, exists = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
+                exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
                 exists = c_mask[:, None] & exists[None, :]
                 strides = (stride_xn, stride_xo, stride_xi)
-                x = load(x_ptr, n, c, s, exists, *strides, LAST, VEC, CHANNELS_LAST)
+                x = load(x_ptr, tile, c, S, exists, *strides, *(LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
                 write(
                     *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
                     *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
@@ -680,7 +690,7 @@ def batch_norm_eval(
     bits = new_bits(y, axis) if save_bits else None
     if x.numel():
         launch, (x, residual), mask = prepare(
-            axis, y, y.dtype, (x, residual), mask, 0, save_bits, plan
+            axis, y, y.dtype, (x, residual), mask, None, save_bits, plan
         )
         launch(
             normalize_kernel,

@@ -63,7 +63,7 @@ class Repeat:
         room = scratch(self.device, *self.kept.room) if self.kept.room else ()
         tensors = self.pick((*args, *results, None))
         try:
-            host.start(self.kept, (*tensors, *self.sizes, *room, *self.kept.constants))
+            host.start(self.kept, tensors, self.sizes, room)
         except host.Refused:  # the launcher knows what else there is
             return None
         if self.written:

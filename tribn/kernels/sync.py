@@ -269,7 +269,7 @@ def sync_backward_dx(
     if not dx.numel():
         return dx
     launch, (x, dy, residual), mask = prepare(
-        axis, dx, dy.dtype, (x, dy, residual), mask, 0, bits is not None, plan
+        axis, dx, dy.dtype, (x, dy, residual), mask, None, bits is not None, plan
     )
     channels = dense(mean, var, weight, bias)
     constants = backward._constants(activation, p, q, act_first, from_output, True)

@@ -42,6 +42,14 @@ def tiles(g, N, S, tiles_per_split, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
 
 
 @triton.jit
+def origin(tile, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The blocks over N and over S that a tile is of, int64 scalars."""
+    tile = tl.cast(tile, tl.uint32)  # what is not negative divides in fewer instructions
+    blocks = tl.cdiv(S, BLOCK_S).to(tl.uint32)
+    return (tile // blocks).to(tl.int64), (tile % blocks).to(tl.int64)
+
+
+@triton.jit
 def reduced(
     tile,
     N,
@@ -51,41 +59,61 @@ def reduced(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Outer and inner reduced positions of a tile, int64 [BLOCK_N * BLOCK_S], and which exist."""
-    if not CHANNELS_LAST:
-        S = S // VEC * VEC
-    tile = tl.cast(tile, tl.uint32)  # what is not negative divides in fewer instructions
-    blocks = tl.cdiv(S, BLOCK_S).to(tl.uint32)
+    """Which of a tile's reduced positions exist, [BLOCK_N * BLOCK_S], and whether all do."""
+    UNIT: tl.constexpr = 1 if CHANNELS_LAST else min(VEC, BLOCK_S)
+    n_block, s_block = origin(tile, S, BLOCK_N, BLOCK_S)
+    n_left = tl.minimum(N - n_block * BLOCK_N, BLOCK_N).to(tl.int32)
+    s_left = tl.minimum(S // UNIT - s_block * (BLOCK_S // UNIT), BLOCK_S // UNIT).to(tl.int32)
+    s_left *= UNIT
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    n = (tile // blocks).to(tl.int64) * BLOCK_N + lane // BLOCK_S
-    s = (tile % blocks).to(tl.int64) * BLOCK_S + lane % BLOCK_S
-    return n, s, (n < N) & (s < S)
+    exists = (lane // BLOCK_S < n_left) & (lane % BLOCK_S < s_left)
+    return exists, (n_left == BLOCK_N) & (s_left == BLOCK_S)
 
 
 @triton.jit
 def tile_count(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """How many reduced positions of a tile exist, an int64 scalar."""
-    tile = tl.cast(tile, tl.uint32)
-    blocks = tl.cdiv(S, BLOCK_S).to(tl.uint32)
-    n = tl.minimum(N - (tile // blocks).to(tl.int64) * BLOCK_N, BLOCK_N)
-    return n * tl.minimum(S - (tile % blocks).to(tl.int64) * BLOCK_S, BLOCK_S)
+    n_block, s_block = origin(tile, S, BLOCK_N, BLOCK_S)
+    return tl.minimum(N - n_block * BLOCK_N, BLOCK_N) * tl.minimum(S - s_block * BLOCK_S, BLOCK_S)
 
 
 @triton.jit
-def offsets(n, c, s, stride_n, stride_o, stride_i, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Element offsets [BLOCK_C, BLOCK_N * BLOCK_S]; see `launch.Plan.strides` for the strides."""
-    n, c, s = n[None, :], c[:, None], s[None, :]
+def pointers(
+    ptr,
+    tile,
+    c,
+    S,
+    stride_n,
+    stride_o,
+    stride_i,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Where a tile is, [BLOCK_C, BLOCK_N * BLOCK_S]; see `launch.Plan.strides` for the strides.
+
+    All tiles of the same channels have the same offsets from their first element: a loop over
+    tiles computes them once.
+    """
+    n_block, s_block = origin(tile, S, BLOCK_N, BLOCK_S)
+    lane = tl.arange(0, BLOCK_N * BLOCK_S).to(tl.int64)
+    n, c, s = (lane // BLOCK_S)[None, :], c[:, None], (lane % BLOCK_S)[None, :]
     if CHANNELS_LAST:
-        return (n * stride_n + s * stride_o) * VEC + c * stride_i
-    return (n * stride_n + c * stride_o) * VEC + s * stride_i
+        within = (n * stride_n + s * stride_o) * VEC + c * stride_i
+        first = (n_block * BLOCK_N * stride_n + s_block * BLOCK_S * stride_o) * VEC
+    else:
+        within = (n * stride_n + c * stride_o) * VEC + s * stride_i
+        first = n_block * BLOCK_N * stride_n * VEC + s_block * BLOCK_S * stride_i
+    return ptr + within + first
 
 
 @triton.jit
 def load(
     ptr,
-    n,
+    tile,
     c,
-    s,
+    S,
     exists,
     stride_n,
     stride_o,
@@ -93,18 +121,46 @@ def load(
     EVICTION: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """A tile, 0 where nothing exists, by an eviction policy, which may be empty."""
-    at = offsets(n, c, s, stride_n, stride_o, stride_i, VEC, CHANNELS_LAST)
-    return tl.load(ptr + at, exists, other=0.0, eviction_policy=EVICTION)
+    strides = (stride_n, stride_o, stride_i)
+    at = pointers(ptr, tile, c, S, *strides, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+    return tl.load(at, exists, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
-def unmasked(exists, mask_ptr, n, s, stride_n, stride_s):
+def fold(x, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Sums of elements of a tile that one thread holds: sums over tiles take fewer registers."""
+    C: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    if CHANNELS_LAST:
+        ROWS: tl.constexpr = min(2, K)
+        return tl.sum(tl.reshape(x, [C, ROWS, K // ROWS]), 1)
+    else:
+        RUN: tl.constexpr = min(VEC, K)
+        return tl.sum(tl.reshape(x, [C, K // RUN, RUN]), 2)
+
+
+@triton.jit
+def positions(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Outer and inner reduced positions of a tile, int64 [BLOCK_N * BLOCK_S], and which exist."""
+    n_block, s_block = origin(tile, S, BLOCK_N, BLOCK_S)
+    lane = tl.arange(0, BLOCK_N * BLOCK_S).to(tl.int64)
+    n, s = n_block * BLOCK_N + lane // BLOCK_S, s_block * BLOCK_S + lane % BLOCK_S
+    return n, s, (n < N) & (s < S)
+
+
+@triton.jit
+def unmasked(
+    exists, mask_ptr, tile, S, stride_n, stride_s, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
+):
     """Which of the positions that exist the mask counts in; all of them without a mask."""
     if mask_ptr is None:
         return exists
     else:
+        n, s, _ = positions(tile, 0, S, BLOCK_N, BLOCK_S)
         return exists & (tl.load(mask_ptr + n * stride_n + s * stride_s, exists, other=0) != 0)
 
 
@@ -126,16 +182,16 @@ def bit_offsets(
 ):
     """Offsets of the bytes of a tile, a eighth of it along the neighbours, and which exist."""
     if CHANNELS_LAST:
-        n, s, valid = reduced(tile, N, S, 1, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        n, s, exists = positions(tile, N, S, BLOCK_N, BLOCK_S)
         bytes_c = tl.cdiv(C, 8)
         byte = tl.min(c, 0) // 8 + tl.arange(0, BLOCK_C // 8)
         at = (n * S + s)[None, :] * bytes_c + byte[:, None]
-        return at, (byte < bytes_c)[:, None] & valid[None, :]
+        return at, (byte < bytes_c)[:, None] & exists[None, :]
     else:
         bytes_s = tl.cdiv(S, 8)
-        n, byte, valid = reduced(tile, N, bytes_s, 1, CHANNELS_LAST, BLOCK_N, BLOCK_S // 8)
+        n, byte, exists = positions(tile, N, bytes_s, BLOCK_N, BLOCK_S // 8)
         at = (n[None, :] * C + c[:, None]) * bytes_s + byte[None, :]
-        return at, (c < C)[:, None] & valid[None, :]
+        return at, (c < C)[:, None] & exists[None, :]
 
 
 @triton.jit
@@ -289,12 +345,12 @@ def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def store(ptr, at, value, mask, EVICTION: tl.constexpr):
+def store(at, value, mask, EVICTION: tl.constexpr):
     """Stores numbers that may be float64 and become half precision only by way of float32."""
-    if ptr.dtype.element_ty == tl.float64:
-        tl.store(ptr + at, value, mask, eviction_policy=EVICTION)
+    if at.dtype.element_ty == tl.float64:
+        tl.store(at, value, mask, eviction_policy=EVICTION)
     else:
-        tl.store(ptr + at, value.to(tl.float32), mask, eviction_policy=EVICTION)
+        tl.store(at, value.to(tl.float32), mask, eviction_policy=EVICTION)
 
 
 # The G > 1 programs of a group meet in a counter. One of them adds 2^31 - (G - 1) and the others 1,
