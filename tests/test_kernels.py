@@ -480,8 +480,9 @@ def test_more_than_2_31_elements_apart(device):
     x.copy_(t.x)
     mean, var, _ = kernels.batch_stats(x, None, 1)
     expected = kernels.batch_stats(t.x, None, 1)
-    assert torch.equal(mean, expected[0])
-    assert torch.equal(var, expected[1])
+    # Odd strides make for narrow accesses, and these for sums in another order.
+    torch.testing.assert_close(mean, expected[0])
+    torch.testing.assert_close(var, expected[1])
     y = evaluate(kernels, replace(t, x=x), mean, var)
     assert torch.equal(y, evaluate(kernels, t, mean, var))
 

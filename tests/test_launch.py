@@ -328,9 +328,11 @@ def assert_fits(layout, itemsize, device, inputs, bits):
         else:
             assert plan.tier == "memory"
             # not even in narrower slabs
-            narrow = min(plan.block_c, 128 // itemsize) if layout.channels_last else plan.block_c
+            last = layout.channels_last
+            narrow, fewest = (128 // itemsize, FEWEST_GROUPS) if last else (plan.block_c, 1)
+            narrow = min(plan.block_c, narrow)
             held = inputs * min(narrow, layout.C) * layout.N * layout.S * itemsize
-            assert device.l2 // 2 // held < min(FEWEST_GROUPS, -(-layout.C // narrow))
+            assert device.l2 // 2 // held < min(fewest, -(-layout.C // narrow))
         large = 2 * layout.N * layout.C * layout.S * itemsize > device.l2
         assert plan.streams == (large and plan.tier != "registers")
         # who merges what

@@ -585,7 +585,8 @@ def test_compiled_without_graph_breaks_equals_eager(momentum, channel_axis, devi
     seen = observe(compiled, batches, dys, channel_axis)
     assert len(seen) == len(expected)
     for (name, tensor), result in zip(expected.items(), seen.values(), strict=True):
-        assert torch.equal(result, tensor), name
+        # The compiler may lay out dy anew, and then sums are taken in another order.
+        torch.testing.assert_close(result, tensor, msg=name)
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -237,7 +237,7 @@ def test_module_factory_arguments(case, dtype, lazy, device):
 @modes
 def test_module_lazy(case, training, device):
     theirs, ours = (m.train(training) for m in pair(case, "Lazy", device=device))
-    ours = pickle.loads(pickle.dumps(ours))
+    ours = pickle.loads(pickle.dumps(ours)).to(device)  # torch does not keep where there is nothing
     x = table_input(case, device, F32, True, training)
     for layer in (theirs, ours):
         with torch.no_grad():
@@ -548,7 +548,12 @@ def test_operator_on_fake_tensors(index, dtype, device):
 @torch_dtypes
 def test_operator_same_on_both_devices(index, dtype):
     sample = samples("cpu", dtype)[index]
-    on_gpu = sample.transform(lambda t: t.cuda() if isinstance(t, Tensor) else t)
+
+    def moved(value):
+        needed = isinstance(value, Tensor) and value.requires_grad
+        return value.cuda().requires_grad_(needed) if isinstance(value, Tensor) else value
+
+    on_gpu = sample.transform(moved)
     assert_close(call(batch_norm, on_gpu), call(batch_norm, sample), check_device=False)
 
 

@@ -17,7 +17,9 @@ UNREDUCED_PER_SM = 8  # of those that sum up nothing
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
 BARRIER = 1  # what waiting costs, in tiles of a program
-FEWEST_GROUPS = 3  # fewer wait for memory and for each other at the same time, and the device idles
+FEWEST_GROUPS = (
+    6  # over neighbouring channels: what fewer wait for each other costs more than memory
+)
 
 
 sm_margin = 0  # multiprocessors that plans leave alone
@@ -272,7 +274,8 @@ def single_read_plan(
     slab = inputs * min(plan.block_c, layout.C) * layout.N * layout.S * itemsize
     at_once = device.l2 // 2 // slab
     tier = "l2"
-    if at_once < min(FEWEST_GROUPS, plan.channel_blocks):
+    fewest = FEWEST_GROUPS if layout.channels_last else 1
+    if at_once < min(fewest, plan.channel_blocks):
         plan = _tile(layout, itemsize, bits, per_thread, narrow(256))
         at_once, tier = 0, "memory"
     programs, slabs = device.sms * programs_per_sm, plan.channel_blocks

@@ -92,19 +92,25 @@ def load_inputs(
     """A tile of dy, x and of bits or residual; dy stands in for what there is not."""
     exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
     exists = c_mask[:, None] & exists[None, :]
-    strides = (stride_dyn, stride_dyo, stride_dyi)
-    dy = load(dy_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+    dy = load(
+        *(dy_ptr, tile, c, S, exists, stride_dyn, stride_dyo, stride_dyi),
+        *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+    )
     x = dy
     more = dy
     if x_ptr is not None:
-        strides = (stride_xn, stride_xo, stride_xi)
-        x = load(x_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+        x = load(
+            *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+            *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
     if bits_ptr is not None:
         at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
         more = tl.load(bits_ptr + at, whole, other=0)
     elif residual_ptr is not None:
-        strides = (stride_rn, stride_ro, stride_ri)
-        more = load(residual_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+        more = load(
+            *(residual_ptr, tile, c, S, exists, stride_rn, stride_ro, stride_ri),
+            *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
     return dy, x, more
 
 
@@ -299,14 +305,22 @@ def backward_reduce_kernel(
                 dx_x = tl.where(valid, dx_x, 0.0)
             sum_g_x += fold(dx_x, VEC, CHANNELS_LAST)
         if dresidual_ptr is not None:
-            store(pointers(dresidual_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, "")
+            at = pointers(
+                *(dresidual_ptr, tile, c, S, stride_dxn, stride_dxo, stride_dxi),
+                *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+            )
+            store(at, dx, mask, "")
         if dx_ptr is not None:
             dx = dx * scale[:, None]
             if PRE_GRAD is not None:
                 dx = PRE_GRAD(dx, source, p, q)
             if mask_ptr is not None:
                 dx = tl.where(valid, dx, 0.0)
-            store(pointers(dx_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, "")
+            at = pointers(
+                *(dx_ptr, tile, c, S, stride_dxn, stride_dxo, stride_dxi),
+                *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+            )
+            store(at, dx, mask, "")
     sum_g = tl.sum(sum_g, 1).to(tl.float64)
     sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
     results = (sums_ptr, dweight_ptr, dbias_ptr)
@@ -396,7 +410,11 @@ def write(
         *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
     )
     if dresidual_ptr is not None:
-        store(pointers(dresidual_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, EVICTION)
+        at = pointers(
+            *(dresidual_ptr, tile, c, S, stride_dxn, stride_dxo, stride_dxi),
+            *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
+        store(at, dx, mask, EVICTION)
     if dx_ptr is not None:
         if CENTRED:
             dx = dx - offset[:, None] - deviation * slope[:, None]
@@ -405,7 +423,11 @@ def write(
             dx = PRE_GRAD(dx, source, p, q)
         if mask_ptr is not None:
             dx = tl.where(valid, dx, 0.0)
-        store(pointers(dx_ptr, *(tile, c, S, stride_dxn, stride_dxo, stride_dxi, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)), dx, mask, EVICTION)
+        at = pointers(
+            *(dx_ptr, tile, c, S, stride_dxn, stride_dxo, stride_dxi),
+            *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
+        store(at, dx, mask, EVICTION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)

@@ -89,8 +89,10 @@ def split_stats(
             exists, _ = reduced(start, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
             valid = unmasked(exists, mask_ptr, start, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
     exists = c_mask[:, None] & exists[None, :]
-    strides = (stride_xn, stride_xo, stride_xi)
-    held = load(x_ptr, start, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+    held = load(
+        *(x_ptr, start, c, S, exists, stride_xn, stride_xo, stride_xi),
+        *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+    )
     x = held.to(DTYPE)
     if PRE is not None:
         x = PRE(x, p, q)
@@ -116,7 +118,10 @@ def split_stats(
             exists, whole = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
             valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
             exists = c_mask[:, None] & exists[None, :]
-            x = load(x_ptr, tile, c, S, exists, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)).to(DTYPE)
+            x = load(
+                *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+                *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+            ).to(DTYPE)
             if PRE is not None:
                 x = PRE(x, p, q)
             deviation = x - shift[:, None]
@@ -351,8 +356,10 @@ def write(
     valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
     mask = c_mask[:, None] & exists[None, :]
     if residual_ptr is not None:
-        strides = (stride_rn, stride_ro, stride_ri)
-        r = load(residual_ptr, tile, c, S, mask, *strides, *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+        r = load(
+            *(residual_ptr, tile, c, S, mask, stride_rn, stride_ro, stride_ri),
+            *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
     x = x.to(DTYPE)
     if PRE is not None:
         z = affine(PRE(x, p, q), mean, scale, bias)
@@ -439,8 +446,10 @@ def normalize_kernel(
     for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         exists = c_mask[:, None] & exists[None, :]
-        strides = (stride_xn, stride_xo, stride_xi)
-        x = load(x_ptr, tile, c, S, exists, *strides, *("", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+        x = load(
+            *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+            *("", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
         write(
             *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr, mask_ptr),
             *(N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro, stride_ri),
@@ -572,8 +581,10 @@ def forward_kernel(
             for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
                 exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
                 exists = c_mask[:, None] & exists[None, :]
-                strides = (stride_xn, stride_xo, stride_xi)
-                x = load(x_ptr, tile, c, S, exists, *strides, *(LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S))
+                x = load(
+                    *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+                    *(LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+                )
                 write(
                     *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
                     *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
