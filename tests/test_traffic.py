@@ -68,9 +68,9 @@ def report(*argv, out):
     ("layout", "batch", "tribn", "again"),
     [
         *[("channels-first", batch, 6.1, [0, 0]) for batch in (32, 128, 256)],
-        ("channels-last", 32, 6.2, [0, 0.07]),
-        ("channels-last", 128, 7.2, [0.07, 0.51]),
-        ("channels-last", 256, 7.6, [0.51, 0.51]),
+        ("channels-last", 32, 7.6, [0.36, 0.58]),
+        ("channels-last", 128, 8.6, [0.7, 0.9]),
+        ("channels-last", 256, 8.9, [0.9, 0.95]),
     ],
 )
 def test_resnet50_in_units_of_all_its_tensors(layout, batch, tribn, again, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_resnet50_in_units_of_all_its_tensors(layout, batch, tribn, again, tmp_p
         (Layer((8, 512, 7, 7)), "channels-first", ("registers", "registers"), (2, 3)),
         (Layer((128, 512, 7, 7)), "channels-last", ("registers", "l2"), (2, 3)),
         (Layer((256, 64, 112, 112), "relu"), "channels-first", ("l2", "l2"), (2, 3)),
-        (Layer((128, 64, 56, 56), "relu"), "channels-last", ("l2", "memory"), (2, 5)),
+        (Layer((128, 1024, 14, 14), "relu"), "channels-last", ("l2", "memory"), (2, 5)),
         (Layer((256, 64, 56, 56)), "channels-last", ("memory", "memory"), (3, 5)),
         (
             *(Layer((256, 256, 56, 56), "relu", residual=True), "channels-last"),
@@ -109,7 +109,7 @@ def test_resnet50_in_units_of_all_its_tensors(layout, batch, tribn, again, tmp_p
     ],
 )
 def test_tribn_reads_again_what_does_not_fit(layer, layout, tiers, units):
-    """Half of the L2 cache is 25 MiB; with channels last a slab is 32 of them in all images."""
+    """Half of the L2 cache is 25 MiB; with channels last six slabs of 64 must fit, or all."""
     row = traffic.row(layer, layout, 2, H100)
     assert tuple(row["tiers"].values()) == tiers
     assert tuple(row["units"]["tribn"][d] for d in row["tiers"]) == units
@@ -251,7 +251,7 @@ def test_report_of_a_set(tmp_path, capsys):
     assert found["environment"]["tribn"] == tribn.__version__
     assert found["gpu"]["bandwidth"] == 300e9
     assert found["rows"][0]["bytes"] == 1024 * 256 * 4
-    assert [row["tiers"]["forward"] for row in found["rows"]] == ["registers", *["l2"] * 4]
+    assert [row["tiers"]["forward"] for row in found["rows"]] == ["registers", *["l2"] * 2, *["memory"] * 2]
     (forward,) = found["kernels"]["tribn"]["bn_relu"]["forward"]
     assert (forward["reads"], forward["again"], forward["writes"]) == ("x", "x", "y")
     stats, normalize = found["kernels"]["two launches"]["bn_relu"]["forward"]
