@@ -251,7 +251,11 @@ def test_report_of_a_set(tmp_path, capsys):
     assert found["environment"]["tribn"] == tribn.__version__
     assert found["gpu"]["bandwidth"] == 300e9
     assert found["rows"][0]["bytes"] == 1024 * 256 * 4
-    assert [row["tiers"]["forward"] for row in found["rows"]] == ["registers", *["l2"] * 2, *["memory"] * 2]
+    assert [row["tiers"]["forward"] for row in found["rows"]] == [
+        "registers",
+        *["l2"] * 2,
+        *["memory"] * 2,
+    ]
     (forward,) = found["kernels"]["tribn"]["bn_relu"]["forward"]
     assert (forward["reads"], forward["again"], forward["writes"]) == ("x", "x", "y")
     stats, normalize = found["kernels"]["two launches"]["bn_relu"]["forward"]

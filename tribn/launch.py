@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+# perf/NOTES.md has what was measured of these on an H100.
 WARPS = 8  # of a program with a full tile
 BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
 VISITED_PER_THREAD = 64  # the same of programs that visit their tiles twice, where registers allow
@@ -17,9 +18,7 @@ UNREDUCED_PER_SM = 8  # of those that sum up nothing
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
 BARRIER = 1  # what waiting costs, in tiles of a program
-FEWEST_GROUPS = (
-    6  # over neighbouring channels: what fewer wait for each other costs more than memory
-)
+FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 
 
 sm_margin = 0  # multiprocessors that plans leave alone
@@ -182,9 +181,9 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        """How many tiles a loop has under way, in shared memory, if it is more than one.
+        """How many tiles a loop has under way; more than one pass through shared memory.
 
-        Where neighbours are of one channel, what that costs in programs outweighs it.
+        That is faster only over neighbouring channels.
         """
         return 3 if self.channels_last else 1
 
