@@ -1,7 +1,7 @@
 """Compiles kernels ahead of time, for devices that are not there, and reads the machine code.
 
-Every kernel at every plan that the shapes of perf/cases.py lead to, in both layouts and in bf16,
-fp16 and fp32; shapes that share a kernel share a row. What differs from the last full table is
+Every kernel at every plan that the shapes of perf/cases.py lead to, in both layouts and in bf16 and
+fp32; shapes that share a kernel share a row. In fp16 plans are those of bf16. What differs from the last full table is
 shown as a diff. A part of the table is compared with it as well, and saved beside it.
 """
 
@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from perf.cases import DTYPES, LAYOUTS, NETS, SETS, Layer, layers, strides
+from perf.cases import LAYOUTS, NETS, SETS, Layer, layers, strides
 from perf.devices import GPUS
 from perf.report import Report, environment, parser_of, write
 from tribn import kernels, ops
@@ -49,6 +49,7 @@ Row = dict[str, Any]
 
 FIELDS = ("registers", "spills", "shared", "loads", "stores", "ctas_per_sm", "warps_per_sm")
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SCHEDULERS = 4  # of a multiprocessor, each with registers of its own
 SCALARS = 800  # scalar registers of AMD's
 
