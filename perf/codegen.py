@@ -1,8 +1,9 @@
 """Compiles kernels ahead of time, for devices that are not there, and reads the machine code.
 
 Every kernel at every plan that the shapes of perf/cases.py lead to, in both layouts and in bf16 and
-fp32; shapes that share a kernel share a row. In fp16 plans are those of bf16. What differs from the last full table is
-shown as a diff. A part of the table is compared with it as well, and saved beside it.
+fp32; shapes that share a kernel share a row. Plans in fp16 are those in bf16. What differs from the
+last full table is shown as a diff. A part of the table is compared with it as well, and saved
+beside it.
 """
 
 from __future__ import annotations
