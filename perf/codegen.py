@@ -271,7 +271,7 @@ def _nvidia_accesses(cubin: bytes) -> tuple[Counter[int], Counter[int]]:
     code = _tool("nvdisasm", "--print-code", "--no-dataflow", binary=cubin)
     loads, stores = (
         Counter(_nvidia_bytes(m) for m in re.findall(rf"\b{op}\.E([.\w]*)", code))
-        for op in ("LDG", "STG")
+        for op in ("LDG(?:STS)?", "STG")  # LDGSTS goes to shared memory
     )
     return loads, stores
 
