@@ -384,7 +384,7 @@ def force(monkeypatch):
     """Makes all launchers take one path."""
 
     def force(path):
-        def plan(layout, itemsize, device, bits=False):
+        def plan(layout, itemsize, device, bits=False, *_):
             changes = dict(zip(TILE, path, strict=True))
             if bits:  # whole bytes of neighbours
                 neighbours = "block_c" if layout.channels_last else "block_s"
