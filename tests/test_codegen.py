@@ -189,7 +189,8 @@ def compile_training(target, x, activation, residual=None):
     return compiled
 
 
-# The derivatives of these two leave room for one backward program only.
+# The derivatives of these two leave room for one backward program only, and gelu_tanh before the
+# normalization, with several tiles under way, for one forward program.
 EXPENSIVE = {"mish", "gelu_tanh"}
 ORDERS = [("planes", False), ("pixels", True)]  # each activation in one of them, these in both
 
@@ -209,6 +210,7 @@ def test_no_activation_needs_more_than_there_is(activation, act_first, name):
         held, spilled = registers(kernel)
         assert spilled == 0, name
         expensive = name == "backward_kernel" and activation in EXPENSIVE
+        expensive |= name == "forward_kernel" and activation == "gelu_tanh" and act_first
         ctas = TARGETS["sm_90"].facts.programs_per_sm(warps, held, kernel.metadata.shared)
         assert ctas >= (1 if expensive else 2), name
 
