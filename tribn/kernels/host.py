@@ -293,17 +293,18 @@ def start(
     room: Sequence[Tensor | None],
 ) -> None:
     kernel, grid = kept.kernel, (*kept.plan.grid, 1, 1)
-    args = (*tensors, *sizes, *room, *kept.constants)
     if launch.launches is not None:
         registers = None if knobs.runtime.interpret else needs(kernel)[0]
+        args = (*tensors, *sizes, *room, *kept.constants)
         launch.launches.append((kept, registers, args))
     if knobs.runtime.interpret:
-        kernel[grid](*args, launch_cooperative_grid=kept.plan.waits)
+        waits = kept.plan.waits
+        kernel[grid](*tensors, *sizes, *room, *kept.constants, launch_cooperative_grid=waits)
         return
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     try:
         if enter.calls or leave.calls:  # a profiler's
-            kernel[grid](*args)
+            kernel[grid](*tensors, *sizes, *room, *kept.constants)
             return
         # Hooks that do nothing, and tensors instead of addresses, take as long as all else.
         active = driver.active
