@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tribn.functional import batch_norm
+from tribn.launch import RUN, Layout
 from tribn.reference import accumulator
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -38,6 +39,11 @@ def of_no_kernel() -> None:
 F16, BF16, F32, F64 = DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOMENTUM, EPS = 0.3, 1e-5
 PLAIN = (None, 0.0, 0.0, False)  # to an operator: no activation
+
+
+def least_columns(layout: Layout) -> int:
+    """How many a tile must have at least, for its slab to be of whole channels."""
+    return 1 if layout.plane == 1 else 1 << (math.lcm(layout.plane, RUN) - 1).bit_length()
 
 
 # Layouts: the same values behind other strides. What lies between the elements is NaN, so that
@@ -246,12 +252,10 @@ class Exact(NamedTuple):
     """A result in extended precision, and what the dtype of the arithmetic costs any algorithm.
 
     Terms are rounded before they are added up: four ulps of the largest one stay where they cancel,
-    as in the gradient of a sum, or where the result's dtype is wider than the arithmetic's. Sums
-    are rounded on the way, where n terms of either sign have come to the square root of n of them,
-    which may be far more than in the end: an ulp of that. And the batch's mean is a number of that
-    dtype, off by up to half an ulp, which shifts every xhat. In float64 the sum it comes from has
-    no wider dtype to be taken in: its n roundings, of half an ulp each and as often up as down,
-    make that the square root of n times as much.
+    as in the gradient of a sum, or where the result's dtype is wider than the arithmetic's. And the
+    batch's mean is a number of that dtype, off by up to half an ulp, which shifts every xhat. In
+    float64 the sum it comes from has no wider dtype to be taken in: its n roundings, of half an ulp
+    each and as often up as down, make that the square root of n times as much.
     """
 
     values: np.ndarray
@@ -269,9 +273,6 @@ def exact(inputs: Inputs, training: bool, momentum=MOMENTUM, eps=EPS) -> dict[st
     bias = (np.zeros(C) if t.bias is None else wide(t.bias))[:, None]
     arithmetic = accumulator(t.x.dtype)
     results = {}
-
-    def summed(terms: np.ndarray) -> float:
-        return ulp(largest(np.sqrt((terms**2).sum(1))), arithmetic)
 
     def add(name: str, values: np.ndarray, *terms: np.ndarray, shifted: np.ndarray | float = 0.0):
         if values.size == C:
@@ -300,9 +301,8 @@ def exact(inputs: Inputs, training: bool, momentum=MOMENTUM, eps=EPS) -> dict[st
     shifted = shift * (np.abs(dweight) + np.abs(dbias * xhat)) / n
     add("y", xhat * weight + bias, xhat * weight, bias, shifted=shift * weight)
     add("dx", dxhat * weight * rstd, dy * weight * rstd, shifted=shifted * weight * rstd)
-    on_the_way = summed(dy * xhat)
-    add("dweight", dweight, dy * xhat, shifted=np.abs(shift * dbias) + on_the_way)
-    add("dbias", dbias, dy, shifted=summed(dy))
+    add("dweight", dweight, dy * xhat, shifted=shift * dbias)
+    add("dbias", dbias, dy)
     return results
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, INTERPRET, Case, Inputs
+from cases import BF16, F16, F32, F64, INTERPRET, Case, Inputs, least_columns
 
 if not INTERPRET:
     pytest.skip(
@@ -56,14 +56,15 @@ def force(monkeypatch):
                 block_s = max(8, triton.next_power_of_2(triton.cdiv(layout.S, programs)))
             tiles = triton.cdiv(layout.N, block_n) * triton.cdiv(layout.S, block_s)
             tiles_per_split = triton.cdiv(tiles, programs)
+            block_c = max(block_c, least_columns(layout))
+            made = replace(make_plan(layout, itemsize, device), block_c=block_c)
             return replace(
-                make_plan(layout, itemsize, device),
+                made,
                 block_n=block_n,
-                block_c=block_c,
                 block_s=block_s,
                 tiles_per_split=tiles_per_split,
                 splits=triton.cdiv(tiles, tiles_per_split),
-                channel_blocks=triton.cdiv(layout.C, block_c),
+                channel_blocks=triton.cdiv(layout.C, made.slab),
                 tier=tier,
                 groups=0 if tier is None else 1,
             )

@@ -23,6 +23,7 @@ from cases import (
     assert_all_accurate,
     assert_fused_accurate,
     exact,
+    least_columns,
     pairwise,
     wide,
 )
@@ -61,13 +62,15 @@ def device():
 def cut(layout, itemsize, **changes):
     """The plan for a layout, changed, and the numbers that depend on the changes set right."""
     plan = replace(make_plan(layout, itemsize, host.INTERPRETER), **changes)
+    if layout.plane > 1:  # a block has whole channels, and no others are neighbours
+        plan = replace(plan, block_c=max(plan.block_c, least_columns(layout)), channels_last=True)
     tiles = -(-layout.N // plan.block_n) * -(-layout.S // plan.block_s)
     tiles_per_split = -(-tiles // plan.splits)
     return replace(
         plan,
         tiles_per_split=tiles_per_split,
         splits=-(-tiles // tiles_per_split),
-        channel_blocks=-(-layout.C // plan.block_c),
+        channel_blocks=-(-layout.C // plan.slab),
         vec=vector(layout, plan.channels_last, 16 // itemsize),
     )
 
@@ -127,6 +130,7 @@ SHAPES = [
     *[Case((3, 5, 7, 8)), Case((6, 3, 11)), Case((37, 9)), Case((2, 17, 3, 3, 3))],
     *[Case((3, 5, 7, 8), layout="channels_last"), Case((6, 11, 4), channel_axis=-1)],
     *[Case((3, 16, 4, 8), BF16), Case((3, 16, 4, 8), F16, "channels_last"), Case((9, 6, 10), F64)],
+    *[Case((37, 24, 3)), Case((3, 16, 5, 5), BF16)],  # planes side by side
 ]
 
 
@@ -442,7 +446,7 @@ def test_bits_are_the_references(activation, order, masked, layout, device):
     )
     assert torch.equal(bits, expected_bits)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
-    signs = reference.unpack(bits, y, t.axis)
+    signs = reference.unpack(bits, y, t.axis, masked)
     z = x if order == "act_norm" else x + residual
     on = (z > 0) & (z < 6) if activation == "relu6" else z > 0
     on |= z.isnan() & (activation != "leaky_relu")

@@ -54,7 +54,7 @@ def offsets(shape, strides, axis):
 
 def layout_offsets(layout):
     for n, c, s in itertools.product(range(layout.N), range(layout.C), range(layout.S)):
-        yield (c, *(dot((n, c, s), strides) for strides in layout.strides))
+        yield (c // layout.plane, *(dot((n, c, s), strides) for strides in layout.strides))
 
 
 @st.composite
@@ -125,11 +125,26 @@ def test_dense_tensors_collapse_in_any_order_of_axes(case, axis):
         ((3000, 1, 9), (9, 9, 1), 1, (1, 1, 27000, (0, 0, 1))),
         ((4, 3, 5, 6), (0, 0, 0, 0), 1, (1, 3, 120, (0, 0, 0))),
         ((1, 7), (7, 1), 1, (1, 7, 1, (0, 1, 0))),
+        # planes side by side
+        ((4, 8, 7, 7), (392, 49, 7, 1), 1, (4, 392, 1, (392, 1, 0), 49)),
+        ((4, 2, 6, 6), (144, 36, 6, 1), 1, (4, 72, 1, (144, 1, 0), 36)),
+        ((1, 16, 3), (48, 3, 1), 1, (1, 48, 1, (0, 1, 0), 3)),
+        # not where they are aligned, or remain unaligned, or are long, or apart
+        ((4, 8, 4, 4), (128, 16, 4, 1), 1, (4, 8, 16, (128, 16, 1))),
+        ((4, 9, 7, 7), (441, 49, 7, 1), 1, (4, 9, 49, (441, 49, 1))),
+        ((4, 8, 7, 7), (396, 49, 7, 1), 1, (4, 8, 49, (396, 49, 1))),
+        ((4, 8, 15, 15), (1800, 225, 15, 1), 1, (4, 8, 225, (1800, 225, 1))),
+        ((4, 8, 7, 7), (400, 50, 7, 1), 1, (4, 8, 49, (400, 50, 1))),
     ],
 )
 def test_collapse_of_common_layouts(shape, strides, axis, expected):
-    N, C, S, triple = expected
-    assert collapse(shape, [strides], axis) == Layout(N, C, S, (triple,))
+    N, C, S, triple, *plane = expected
+    assert collapse(shape, [strides], axis) == Layout(N, C, S, (triple,), plane=[*plane, 1][0])
+
+
+def test_planes_under_a_mask_are_not_side_by_side():
+    layout = collapse((4, 8, 7, 7), [(392, 49, 7, 1)], 1, (49, 0, 7, 1))
+    assert layout == Layout(4, 8, 49, ((392, 49, 1),), (49, 1))
 
 
 def test_what_no_strides_can_express():
@@ -165,7 +180,7 @@ def test_plan_fits_the_device(shape, strides, itemsize):
     assert plan.num_warps <= 8
     tiles = tiles_of(plan, layout)
     assert (plan.splits - 1) * plan.tiles_per_split < tiles <= plan.splits * plan.tiles_per_split
-    assert plan.channel_blocks == -(-layout.C // plan.block_c)
+    assert plan.channel_blocks == -(-layout.C // plan.slab)
     assert plan.grid[0] < 2**31
     assert tiles < 2**31
 
@@ -211,8 +226,8 @@ def visited(plan, layout):
             ):
                 n = tile // s_blocks * plan.block_n + lane_n
                 s = tile % s_blocks * plan.block_s + lane_s
-                c = c_block * plan.block_c + lane_c
-                if n < layout.N and c < layout.C and s < layout.S:
+                c = c_block * plan.slab + lane_c
+                if n < layout.N and c < layout.C and s < layout.S and lane_c < plan.slab:
                     yield n, c, s
 
 
@@ -248,6 +263,7 @@ def test_plan_for_bits_holds_whole_bytes_and_visits_each_once(shape, strides, it
     ("shape", "strides", "axis", "expected"),
     [
         ((4, 3, 5, 6), (90, 30, 6, 1), 1, (4, 3, 4)),
+        ((4, 16, 5, 6), (480, 30, 6, 1), 1, (4, 60)),  # planes side by side
         ((4, 3, 5, 6), (90, 1, 18, 3), 1, (120, 1)),
         ((4, 5, 17), (85, 17, 1), 2, (20, 3)),
         ((8, 3), (3, 1), 1, (8, 1)),
@@ -256,7 +272,11 @@ def test_plan_for_bits_holds_whole_bytes_and_visits_each_once(shape, strides, it
     ],
 )
 def test_bits_of_common_layouts(shape, strides, axis, expected):
-    assert bits_shape(shape, strides, axis) == expected
+    assert bits_shape(shape, strides, axis, masked=False) == expected
+
+
+def test_bits_of_planes_under_a_mask_are_apart():
+    assert bits_shape((4, 16, 5, 6), (480, 30, 6, 1), 1, masked=True) == (4, 16, 4)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +284,10 @@ def test_bits_of_common_layouts(shape, strides, axis, expected):
     [
         ((128, 256, 56, 56), contiguous, 2, 8),
         ((128, 256, 56, 56), channels_last, 4, 4),
-        ((128, 512, 14, 14), contiguous, 2, 4),
-        ((128, 512, 7, 7), contiguous, 2, 1),
+        ((128, 512, 14, 14), contiguous, 2, 8),
+        ((128, 512, 7, 7), contiguous, 2, 8),
+        ((128, 9, 7, 7), contiguous, 2, 1),
+        ((128, 9, 14, 14), contiguous, 2, 4),
         ((128, 512, 7, 7), channels_last, 2, 8),
         ((64, 24, 5, 5), channels_last, 2, 8),
         ((64, 65, 100, 100), channels_last, 2, 1),
@@ -313,14 +335,14 @@ def assert_fits(layout, itemsize, device, inputs, bits):
         tiles, most = tiles_of(plan, layout), plan.splits * plan.tiles_per_split
         assert most - plan.tiles_per_split < tiles <= most
         assert tiles < 2**31
-        assert plan.channel_blocks == -(-layout.C // plan.block_c)
+        assert plan.channel_blocks == -(-layout.C // plan.slab)
         assert 1 <= plan.groups <= plan.channel_blocks
         assert plan.grid == (plan.groups * plan.splits,)
         # all at the same time
         assert plan.grid[0] <= programs * device.sms
         assert plan.waits == (plan.splits > 1)
         # where a slab stays
-        held = inputs * min(plan.block_c, layout.C) * layout.N * layout.S * itemsize
+        held = inputs * min(plan.slab, layout.C) * layout.N * layout.S * itemsize
         if plan.tier == "registers":
             assert plan.tiles_per_split == 1
         elif plan.tier == "l2":
@@ -330,18 +352,19 @@ def assert_fits(layout, itemsize, device, inputs, bits):
             # not even in narrower slabs
             last = layout.channels_last
             narrow, fewest = (128 // itemsize, FEWEST_GROUPS) if last else (plan.block_c, 1)
-            narrow = min(plan.block_c, narrow)
+            narrow = plan.slab if layout.plane > 1 else min(plan.block_c, narrow)
             held = inputs * min(narrow, layout.C) * layout.N * layout.S * itemsize
             assert device.l2 // 2 // held < min(fewest, -(-layout.C // narrow))
         large = 2 * layout.N * layout.C * layout.S * itemsize > device.l2
         assert plan.streams == (large and plan.tier != "registers")
         # who merges what
-        assert plan.mergers in ((1, plan.block_c) if plan.waits else (0,))
+        channels = 1 << (plan.channels - 1).bit_length()
+        assert plan.mergers in ((1, channels) if plan.waits else (0,))
         if plan.mergers > 1:
             assert plan.block_g(1) < plan.splits > plan.mergers
             assert plan.block_g(plan.mergers) == MERGED_AT_ONCE
         elif plan.waits:
-            assert plan.splits <= max(plan.block_g(1), plan.block_c)
+            assert plan.splits <= max(plan.block_g(1), channels)
         assert plan.block_g(plan.mergers).bit_count() == 1
     first = plans[1]
     for plan in plans.values():

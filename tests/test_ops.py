@@ -24,7 +24,7 @@ def calls(shape):
     mask = torch.rand(shape[0], *shape[2:]) < 0.6
     weight, bias, mean, var = torch.rand(4, C)
     states, absent = (mean.clone(), var.clone(), torch.tensor(3)), (None,) * 3
-    bits = torch.randint(0, 256, reference.new_bits(x, 1).shape, dtype=torch.uint8)
+    bits = torch.randint(0, 256, reference.new_bits(x, 1, masked=False).shape, dtype=torch.uint8)
     statistics, wider, count = (mean, var), (mean.double(), var.double()), torch.tensor(7)
     frozen, at = (None, mean, var, weight, bias), (EPS, 1)
     train = [
@@ -101,22 +101,24 @@ def test_operators_called_directly_have_gradients(device):
 
 
 SHAPES = [(3, 5, 9), (2, 8, 16), (2, 3, 7), (17, 6), (16, 24), (1, 1, 1), (2, 1, 9), (5, 1)]
+SHAPES += [(3, 8, 7), (2, 4, 3, 2)]  # planes side by side, unless there is a mask
 
 
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_unpack_is_the_inverse_of_pack(shape, axis, layout):
+@pytest.mark.parametrize("masked", [False, True])
+def test_unpack_is_the_inverse_of_pack(masked, shape, axis, layout):
     y = LAYOUTS[layout](torch.randn(shape))
     axis %= y.dim()
     on = torch.rand(shape) < 0.5
-    bits = reference.pack(on, y, axis)
+    bits = reference.pack(on, y, axis, masked)
     assert bits.dtype == torch.uint8
-    assert bits.shape == reference.new_bits(y, axis).shape
+    assert bits.shape == reference.new_bits(y, axis, masked).shape
     runs = [size for d, size in enumerate(shape) if y.stride(d) != 1] if y.numel() else []
     assert bits.numel() <= max(y.numel(), *runs, 0)
     assert sum(int(byte).bit_count() for byte in bits.flatten()) == on.sum()
-    signs = reference.unpack(bits, y, axis)
+    signs = reference.unpack(bits, y, axis, masked)
     assert torch.equal(signs, on.float() * 2 - 1)
     assert strides(signs) == strides(y)
 

@@ -116,7 +116,7 @@ def _programs(plan: Plan) -> str:
     programs = f"programs of {plan.num_warps} warps"
     if plan.tier is None:
         return f"{plan.grid[0]} {programs}"
-    slab = f"slab of {plan.block_c} channel{'s' * (plan.block_c > 1)}"
+    slab = f"slab of {plan.channels} channel{'s' * (plan.channels > 1)}"
     groups = f"groups: {plan.groups}, each of {plan.splits} {programs}"
     return f"{groups} on one {slab} after another, {TIERS[plan.tier]}"
 

@@ -60,7 +60,7 @@ class Formula:
             if self.bits is None:
                 return self.activation(t)
             like = torch.empty_strided(x.shape, self.stride, dtype=dtype, device=x.device)
-            return self.activation.backward(t, unpack(self.bits, like, axis))
+            return self.activation.backward(t, unpack(self.bits, like, axis, padding is not None))
 
         z = inside(x)
         if self.act_first:

@@ -3,6 +3,7 @@
 Standard library only, so that every plan can be computed, printed and tested on any machine.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,6 +20,9 @@ TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
 BARRIER = 1  # what waiting costs, in tiles of a program
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
+RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
+WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
+MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower
 
 
 sm_margin = 0  # multiprocessors that plans leave alone
@@ -72,7 +76,8 @@ class Layout:
     """Tensors of one shape, seen as (N, C, S): outer reduction axis, channel, inner reduction axis.
 
     `strides` holds one (stride_n, stride_c, stride_s) in elements for each tensor, and `mask` the
-    (stride_n, stride_s) of a mask, or zeros. An axis of size 1 has stride 0.
+    (stride_n, stride_s) of a mask, or zeros. An axis of size 1 has stride 0. With a `plane` the
+    second axis is one of columns, so many of them for each channel, side by side.
     """
 
     N: int
@@ -80,6 +85,11 @@ class Layout:
     S: int
     strides: tuple[tuple[int, int, int], ...]
     mask: tuple[int, int] = (0, 0)
+    plane: int = 1
+
+    @property
+    def channels(self) -> int:
+        return self.C // self.plane
 
     @property
     def channels_last(self) -> bool:
@@ -98,7 +108,9 @@ def collapse(
 
     No element moves. Axes other than the channel `axis` may be visited in any order, since they
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
-    where all tensors allow it. Returns None where more than two axes remain.
+    where all tensors allow it. Short planes that no 16-byte access divides are seen side by side,
+    as one run of columns, unless a mask differs within them. Returns None where more than two axes
+    remain.
     """
     if mask is not None:
         strides = [*strides, mask]
@@ -118,20 +130,31 @@ def collapse(
     C = shape[axis]
     stride_c = [s[axis] if C != 1 else 0 for s in strides]
     triples = list(zip(stride_n, stride_c, stride_s, strict=True))
-    if mask is None:
-        return Layout(N, C, S, tuple(triples))
-    mask_n, _, mask_s = triples.pop()
-    return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
+    if mask is not None:
+        mask_n, _, mask_s = triples.pop()
+        return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
+    odd = S % RUN and C * S % RUN == 0 and math.lcm(S, RUN) <= MOST_COLUMNS
+    if odd and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
+        return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
+    return Layout(N, C, S, tuple(triples))
 
 
-def bits_shape(shape: Sequence[int], strides: Sequence[int], axis: int) -> tuple[int, ...]:
+def runs(shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool) -> Layout:
+    """A dense tensor as (N, C, S); its runs of neighbouring elements do not depend on a mask's."""
+    layout = collapse(shape, [strides], axis, [0] * len(shape) if masked else None)
+    assert layout is not None, "a dense tensor has at most two runs of axes around the channel"
+    return layout
+
+
+def bits_shape(
+    shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool
+) -> tuple[int, ...]:
     """Bytes that hold a bit for every element of a dense tensor.
 
     Each run of neighbouring elements starts with a byte: [N, C, ceil(S / 8)], or if the channels
-    are neighbours [N * S, ceil(C / 8)].
+    or columns are neighbours [N * S, ceil(C / 8)].
     """
-    layout = collapse(shape, [strides], axis)
-    assert layout is not None, "a dense tensor has at most two runs of axes around the channel"
+    layout = runs(shape, strides, axis, masked)
     N, C, S = layout.N, layout.C, layout.S
     return (N * S, _cdiv(C, 8)) if layout.channels_last else (N, C, _cdiv(S, 8))
 
@@ -158,6 +181,17 @@ class Plan:
     tier: str | None = None  # "registers", "l2" or, if it does not fit, "memory"
     groups: int = 0
     streams: bool = False  # the tensors are too large to be found in the L2 cache afterwards
+    plane: int = 1  # columns of a channel: see `Layout`
+
+    @property
+    def slab(self) -> int:
+        """How many of its `block_c` columns a block has: those of whole channels, by eights."""
+        return self.block_c if self.plane == 1 else _down(self.block_c, math.lcm(self.plane, RUN))
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.slab // self.plane
 
     @property
     def grid(self) -> tuple[int]:
@@ -177,7 +211,8 @@ class Plan:
         if not self.waits:
             return 0
         # One of them for each channel
-        return self.block_c if self.splits > max(self.block_g(1), self.block_c) else 1
+        channels = _pow2_above(self.channels)
+        return channels if self.splits > max(self.block_g(1), channels) else 1
 
     @property
     def stages(self) -> int:
@@ -189,7 +224,7 @@ class Plan:
 
     def block_g(self, mergers: int) -> int:
         """How many partial results one of so many mergers takes at once."""
-        return max(1, MERGED_AT_ONCE * mergers // self.block_c) if mergers else 1
+        return max(1, MERGED_AT_ONCE * mergers // _pow2_above(self.channels)) if mergers else 1
 
     @property
     def policies(self) -> tuple[str, str]:
@@ -245,6 +280,8 @@ def single_read_plan(
     a multiprocessor holds, which only compiling the kernel for them tells.
     """
     most = held_per_thread // inputs // (4 if itemsize == 8 else 1)
+    if layout.plane > 1:  # the sums of channels from those of columns take registers as well
+        most //= 2
 
     def narrow(run: int) -> int:
         """The fewest channels in a run of so many bytes; planes start anywhere."""
@@ -270,7 +307,7 @@ def single_read_plan(
     total = layout.N * layout.C * layout.S * itemsize
     per_thread = visited_per_thread // itemsize
     plan = _tile(layout, itemsize, bits, per_thread, narrow(128))  # a line of the cache
-    slab = inputs * min(plan.block_c, layout.C) * layout.N * layout.S * itemsize
+    slab = inputs * min(plan.slab, layout.C) * layout.N * layout.S * itemsize
     at_once = device.l2 // 2 // slab
     tier = "l2"
     fewest = FEWEST_GROUPS if layout.channels_last else 1
@@ -307,7 +344,9 @@ def _tile(
     if vec * itemsize < 8:
         per_thread //= 2 if channels_last else 4
     elements = 32 * WARPS * per_thread
-    if channels_last:
+    if layout.plane > 1:
+        block_s, block_c = 1, min(_pow2_above(C), elements, WIDEST)
+    elif channels_last:
         # Rows of whole cache lines
         block_c = max(least, min(_pow2_above(C), widest or min(64, 256 // itemsize)))
         block_s = min(_pow2_above(S), elements // block_c)
@@ -317,17 +356,19 @@ def _tile(
         block_c = min(_pow2_above(C), elements // block_s) if elements > 16 * S else 1
         block_c = min(block_c, widest or block_c)
     block_n = min(_pow2_above(N), elements // (block_c * block_s))
-    return Plan(
+    plan = Plan(
         block_n=block_n,
         block_c=block_c,
         block_s=block_s,
         tiles_per_split=_cdiv(N, block_n) * _cdiv(S, block_s),
         splits=1,
-        channel_blocks=_cdiv(C, block_c),
+        channel_blocks=0,
         channels_last=channels_last,
         vec=vec,
         num_warps=max(1, block_n * block_c * block_s // (32 * per_thread)),
+        plane=layout.plane,
     )
+    return replace(plan, channel_blocks=_cdiv(C, plan.slab))
 
 
 def _tiles(plan: Plan, layout: Layout) -> int:
@@ -370,3 +411,7 @@ def _pow2_above(n: int) -> int:
 
 def _up(number: int, unit: int) -> int:
     return _cdiv(number, unit) * unit
+
+
+def _down(number: int, unit: int) -> int:
+    return number // unit * unit

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tribn.activation import Activation
-from tribn.launch import Layout, bits_shape, collapse
+from tribn.launch import Layout, bits_shape, runs
 
 aten = torch.ops.aten
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that are normalized
@@ -36,9 +36,9 @@ def output(x: Tensor, residual: Tensor | None) -> Tensor:
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-def new_bits(y: Tensor, axis: int) -> Tensor:
+def new_bits(y: Tensor, axis: int, masked: bool) -> Tensor:
     """Room for a bit for every element of y, which is dense; see `tribn.launch.bits_shape`."""
-    return y.new_empty(bits_shape(y.shape, y.stride(), axis), dtype=torch.uint8)
+    return y.new_empty(bits_shape(y.shape, y.stride(), axis, masked), dtype=torch.uint8)
 
 
 def batch_stats(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ def batch_norm_eval(
         return z, None
     y = output(x, residual)
     if not x.numel():
-        return y, new_bits(y, axis) if save_bits else None
+        return y, new_bits(y, axis, mask is not None) if save_bits else None
     act = Activation(activation, p, q)
     x = x.to(accumulator(y.dtype))
     z = _normalize(act(x) if act_first else x, mean, var, weight, bias, eps, axis)
@@ -179,7 +179,7 @@ def batch_norm_eval(
     bits = None
     if save_bits:
         on = act.backward(torch.ones_like(z), x if act_first else z) == 1
-        bits = pack(on if mask is None else on & mask.unsqueeze(axis), y, axis)
+        bits = pack(on if mask is None else on & mask.unsqueeze(axis), y, axis, mask is not None)
     z = z if act_first else act(z)
     if mask is not None:
         z = z.masked_fill(~mask.unsqueeze(axis), 0)
@@ -222,7 +222,8 @@ def batch_norm_backward(
     like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
     act = Activation(activation, p, q)
     g, source, a, mean = _upstream(
-        *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
+        *(dy, x, mean, var, weight, bias, residual, bits, mask is not None, eps, axis),
+        *(act, act_first, from_output),
     )
     if mask is None:
         dx, dweight, dbias = _backward(g, a, mean, var, weight, eps, training, axis, wanted[:3])
@@ -252,6 +253,7 @@ def _upstream(
     bias: Tensor | None,
     residual: Tensor | None,
     bits: Tensor | None,
+    masked: bool,
     eps: float,
     axis: int,
     act: Activation,
@@ -278,7 +280,7 @@ def _upstream(
         g = dy.to(exact)
         if bits is not None:
             like = torch.empty_like(dy if x is None else x, dtype=dy.dtype)
-            source = unpack(bits, like, axis)
+            source = unpack(bits, like, axis, masked)
         elif act_first and x is not None:
             source = x.to(exact)
         elif x is not None and x.numel():
@@ -369,7 +371,8 @@ def sync_backward_reduce(
     """
     act = Activation(activation, p, q)
     g, _, a, mean = _upstream(
-        *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
+        *(dy, x, mean, var, weight, bias, residual, bits, mask is not None, eps, axis),
+        *(act, act_first, from_output),
     )
     g = _inside(g, mask, axis)
     dresidual = None
@@ -423,7 +426,8 @@ def sync_backward_dx(
     """The gradient of x by the sums [1 + 2 * C] and the count of all ranks."""
     act = Activation(activation, p, q)
     g, source, a, mean = _upstream(
-        *(dy, x, mean, var, weight, bias, residual, bits, eps, axis, act, act_first, from_output)
+        *(dy, x, mean, var, weight, bias, residual, bits, mask is not None, eps, axis),
+        *(act, act_first, from_output),
     )
     assert a is not None
     shape = [-1 if d == axis else 1 for d in range(dy.dim())]
@@ -573,34 +577,33 @@ def _compact(x: Tensor, mask: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, -1)[mask]
 
 
-def _runs(y: Tensor, axis: int) -> tuple[Layout, list[int]]:
-    """y, which is dense, seen as (N, C, S), and the order in which its neighbours are last."""
-    layout = collapse(y.shape, [y.stride()], axis)
-    assert layout is not None, "a dense tensor has at most two runs of axes around the channel"
-    return layout, [0, 2, 1] if layout.channels_last else [0, 1, 2]
-
-
-def pack(on: Tensor, y: Tensor, axis: int) -> Tensor:
+def pack(on: Tensor, y: Tensor, axis: int, masked: bool) -> Tensor:
     """Truth values as bits, in the order of y's elements in memory."""
-    layout, order = _runs(y, axis)
-    runs = torch.empty_like(y, dtype=torch.bool).copy_(on)
-    runs = runs.as_strided((layout.N, layout.C, layout.S), layout.strides[0]).permute(order)
-    runs = torch.nn.functional.pad(runs, (0, -runs.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    layout, order = _runs(y, axis, masked)
+    values = torch.empty_like(y, dtype=torch.bool).copy_(on)
+    values = values.as_strided((layout.N, layout.C, layout.S), layout.strides[0]).permute(order)
+    values = torch.nn.functional.pad(values, (0, -values.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=y.device)
-    packed: Tensor = (runs * weights).sum(-1, dtype=torch.uint8)
-    return packed.reshape(new_bits(y, axis).shape)
+    packed: Tensor = (values * weights).sum(-1, dtype=torch.uint8)
+    return packed.reshape(new_bits(y, axis, masked).shape)
 
 
-def unpack(bits: Tensor, y: Tensor, axis: int) -> Tensor:
+def unpack(bits: Tensor, y: Tensor, axis: int, masked: bool) -> Tensor:
     """1 for every bit that is set and else -1, like y."""
-    layout, order = _runs(y, axis)
+    layout, order = _runs(y, axis, masked)
     shape = (layout.N, layout.C, layout.S)
     on: Tensor = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=y.device) & 1
     on = on.flatten(-2)
-    runs = on.view(*(shape[d] for d in order[:2]), on.shape[-1])[..., : shape[order[2]]]
+    values = on.view(*(shape[d] for d in order[:2]), on.shape[-1])[..., : shape[order[2]]]
     signs = torch.empty_like(y, dtype=accumulator(y.dtype))
-    signs.as_strided(shape, layout.strides[0]).copy_(runs.permute(order)).mul_(2).sub_(1)
+    signs.as_strided(shape, layout.strides[0]).copy_(values.permute(order)).mul_(2).sub_(1)
     return signs
+
+
+def _runs(y: Tensor, axis: int, masked: bool) -> tuple[Layout, list[int]]:
+    """y, which is dense, seen as (N, C, S), and the order in which its neighbours are last."""
+    layout = runs(y.shape, y.stride(), axis, masked)
+    return layout, [0, 2, 1] if layout.channels_last else [0, 1, 2]
 
 
 def _count(x: Tensor, axis: int) -> int:

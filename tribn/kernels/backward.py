@@ -22,18 +22,22 @@ from tribn.kernels.tile import (
     UNSPECIALIZED,
     affine,
     bit_offsets,
+    by_column,
     channels,
+    columns,
     fold,
     group_barrier,
     is_last,
     load,
     load_or,
     merge_sums,
+    merged_by,
     pointers,
     reciprocal,
     reciprocal_std,
     reduced,
     store,
+    sum_lanes,
     tiles,
     unmasked,
     unpack,
@@ -44,8 +48,8 @@ from tribn.reference import accumulator
 
 @triton.jit
 def constants(
-    c,
-    c_mask,
+    k,
+    k_mask,
     eps,
     mean_ptr,
     var_ptr,
@@ -53,12 +57,13 @@ def constants(
     bias_ptr,
     DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PLANE: tl.constexpr,
 ):
-    """Mean, 1 / std, scale and bias of each channel."""
-    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-    rstd = reciprocal_std(load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE), eps, DTYPE)
-    scale = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE) * rstd
-    return mean, rstd, scale, load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
+    """1 / std of each channel, and mean, scale and bias of each column."""
+    rstd = reciprocal_std(load_or(var_ptr, k, k_mask, 1.0, DTYPE), eps, DTYPE)
+    scale = by_column(load_or(weight_ptr, k, k_mask, 1.0, DTYPE) * rstd, PLANE, BLOCK_C)
+    mean = by_column(load_or(mean_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
+    return rstd, mean, scale, by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
 
 
 @triton.jit
@@ -88,6 +93,7 @@ def load_inputs(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SLAB: tl.constexpr,
 ):
     """A tile of dy, x and of bits or residual; dy stands in for what there is not."""
     exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
@@ -104,7 +110,7 @@ def load_inputs(
             *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
         )
     if bits_ptr is not None:
-        at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
+        at, whole = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB)
         more = tl.load(bits_ptr + at, whole, other=0)
     elif residual_ptr is not None:
         more = load(
@@ -132,6 +138,7 @@ def upstream(
     PRE: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
+    SMOOTH: tl.constexpr,
     DTYPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
@@ -139,7 +146,8 @@ def upstream(
 
     Bits stand for the latter where there are any, as 1 and -1; else it is computed from x as
     forward did. With INVERSE x is forward's output, and both come from that. Where there is no x or
-    no activation, dy stands in for it.
+    no activation, dy stands in for it. SMOOTH functions of 0 and infinity may be NaN, and what they
+    would be applied to may overflow where nothing exists: there it is 0.
     """
     g = dy.to(DTYPE)
     source = g
@@ -161,7 +169,7 @@ def upstream(
             source += more.to(DTYPE)
     if GRAD is not None:
         g = GRAD(g, source, p, q)
-    if mask_ptr is not None:
+    if SMOOTH or mask_ptr is not None:
         g = tl.where(valid, g, 0.0)
     return g, deviation, source
 
@@ -188,6 +196,7 @@ def terms(
     PRE: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
+    SMOOTH: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -199,7 +208,7 @@ def terms(
     valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)[None, :]
     g, deviation, _ = upstream(
         *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr, mask_ptr),
-        *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
+        *(PRE, GRAD, INVERSE, SMOOTH, DTYPE, CHANNELS_LAST),
     )
     g_x = g * deviation
     if mask_ptr is not None:
@@ -259,6 +268,7 @@ def backward_reduce_kernel(
     PRE_GRAD: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
+    SMOOTH: tl.constexpr,
     BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
@@ -266,6 +276,8 @@ def backward_reduce_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Two sums, and the parameters' gradients, which they are; g = GRAD(dy) is dresidual.
@@ -275,12 +287,13 @@ def backward_reduce_kernel(
     Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
-    g = pid // blocks
-    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    blocks = tl.cdiv(C, SLAB).to(tl.int32)
+    block, g = pid % blocks, pid // blocks
+    c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
+    k, k_mask = channels(block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
-    mean, rstd, scale, bias = constants(
-        c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
+    rstd, mean, scale, bias = constants(
+        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     sum_g = fold(tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE), VEC, CHANNELS_LAST)
@@ -289,14 +302,14 @@ def backward_reduce_kernel(
         dy, x, more = load_inputs(
             *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
             *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
-            *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+            *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
         )
         exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)[None, :]
         mask = c_mask[:, None] & exists[None, :]
         dx, deviation, source = upstream(
             *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr, mask_ptr),
-            *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
+            *(PRE, GRAD, INVERSE, SMOOTH, DTYPE, CHANNELS_LAST),
         )
         sum_g += fold(dx, VEC, CHANNELS_LAST)
         if x_ptr is not None:
@@ -321,16 +334,17 @@ def backward_reduce_kernel(
                 *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
             )
             store(at, dx, mask, "")
-    sum_g = tl.sum(sum_g, 1).to(tl.float64)
-    sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
+    sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB)
+    sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB)
+    K = C // PLANE
     results = (sums_ptr, dweight_ptr, dbias_ptr)
     if partials_ptr is None:
-        store_results(kind, sum_g, sum_g_x, rstd, C, c, c_mask, *results)
+        store_results(kind, sum_g, sum_g_x, rstd, K, k, k_mask, *results)
     else:
-        store_sums(partials_ptr, g.to(tl.int64) * C + c, sum_g, sum_g_x, G, C, c_mask)
-        if is_last(counters_ptr + (1 + pid % blocks).to(tl.int64), G, g):
-            sum_g, sum_g_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
-            store_results(kind, sum_g, sum_g_x, rstd, C, c, c_mask, *results)
+        store_sums(partials_ptr, g.to(tl.int64) * K + k, sum_g, sum_g_x, G, K, k_mask)
+        if is_last(counters_ptr + (1 + block).to(tl.int64), G, g):
+            sum_g, sum_g_x = merge_sums(partials_ptr, G, K, k, k_mask, BLOCK_G)
+            store_results(kind, sum_g, sum_g_x, rstd, K, k, k_mask, *results)
 
 
 @triton.jit
@@ -352,12 +366,12 @@ def store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr):
 
 
 @triton.jit
-def means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE: tl.constexpr):
+def means(sum_g, sum_g_x, rstd, count_ptr, count, DTYPE: tl.constexpr):
     """sum(g) / n, and sum(g * z) / n * rstd."""
     if count_ptr is not None:
         share = reciprocal(tl.load(count_ptr))
     else:
-        share = reciprocal(N * S)
+        share = reciprocal(count)
     return (sum_g * share).to(DTYPE), (sum_g_x * rstd * rstd * share).to(DTYPE)
 
 
@@ -407,7 +421,7 @@ def write(
     mask = c_mask[:, None] & exists[None, :]
     dx, deviation, source = upstream(
         *(dy, x, more, valid, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr, mask_ptr),
-        *(PRE, GRAD, INVERSE, DTYPE, CHANNELS_LAST),
+        *(PRE, GRAD, INVERSE, False, DTYPE, CHANNELS_LAST),
     )
     if dresidual_ptr is not None:
         at = pointers(
@@ -476,6 +490,8 @@ def backward_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx = PRE_GRAD(weight * rstd * (g - sum(g) / n - z * sum(g * z) / n)).
@@ -485,24 +501,26 @@ def backward_dx_kernel(
     Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
-    g = pid // blocks
-    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    blocks = tl.cdiv(C, SLAB).to(tl.int32)
+    block, g = pid % blocks, pid // blocks
+    c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
+    k, k_mask = channels(block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
-    mean, rstd, scale, bias = constants(
-        c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
+    rstd, mean, scale, bias = constants(
+        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     offset, slope = mean, mean
     if sums_ptr is not None:
-        sum_g = tl.load(sums_ptr + (1 + c), c_mask, other=0.0)
-        sum_g_x = tl.load(sums_ptr + (1 + C + c), c_mask, other=0.0)
-        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
+        sum_g = tl.load(sums_ptr + (1 + k), k_mask, other=0.0)
+        sum_g_x = tl.load(sums_ptr + (1 + C // PLANE + k), k_mask, other=0.0)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N * S * PLANE, DTYPE)
+        offset, slope = by_column(offset, PLANE, BLOCK_C), by_column(slope, PLANE, BLOCK_C)
     for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         dy, x, more = load_inputs(
             *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
             *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
-            *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+            *(stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
         )
         write(
             *(dy, x, more, tile, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr, None),
@@ -556,6 +574,7 @@ def backward_kernel(
     PRE_GRAD: tl.constexpr,
     GRAD: tl.constexpr,
     INVERSE: tl.constexpr,
+    SMOOTH: tl.constexpr,
     BLOCK_G: tl.constexpr,
     MERGERS: tl.constexpr,
     HELD: tl.constexpr,
@@ -567,6 +586,8 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """All gradients in training; the formulas are those of the other two kernels.
@@ -578,20 +599,22 @@ def backward_kernel(
     member = tl.program_id(0) % G
     first, last = tiles(member, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    for slab in range(group, tl.cdiv(C, BLOCK_C).to(tl.int32), groups):
-        c, c_mask = channels(slab, C, VEC, CHANNELS_LAST, BLOCK_C)
-        mean, rstd, scale, bias = constants(
-            c, c_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C
+    K = C // PLANE
+    for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
+        c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
+        k, k_mask = channels(slab, C, PLANE, SLAB)
+        rstd, mean, scale, bias = constants(
+            k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
         )
         if HELD:
             dy, x, more = load_inputs(
                 *(first, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
                 *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
-                *(stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                *(stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
             )
             sum_g, sum_g_x = terms(
                 *(dy, x, more, first, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
-                *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, DTYPE, VEC),
+                *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, SMOOTH, DTYPE, VEC),
                 *(CHANNELS_LAST, BLOCK_N, BLOCK_S),
             )
         else:
@@ -602,38 +625,37 @@ def backward_kernel(
                     *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
                     *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn),
                     *(stride_ro, stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                    *(SLAB,),
                 )
                 g, g_x = terms(
                     *(dy, x, more, tile, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
-                    *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, DTYPE, VEC),
-                    *(CHANNELS_LAST, BLOCK_N, BLOCK_S),
+                    *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, SMOOTH, DTYPE),
+                    *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
                 )
                 sum_g += g
                 sum_g_x += g_x
-        sum_g = tl.sum(sum_g, 1).to(tl.float64)
-        sum_g_x = tl.sum(sum_g_x, 1).to(tl.float64)
+        sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB)
+        sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB)
         if MERGERS > 0:
             counter_ptr = counters_ptr + (1 + group).to(tl.int64)
-            at = member.to(tl.int64) * C + c
-            store_sums(partials_ptr, at, sum_g, sum_g_x, G, C, c_mask)
+            at = member.to(tl.int64) * K + k
+            store_sums(partials_ptr, at, sum_g, sum_g_x, G, K, k_mask)
             group_barrier(counter_ptr, G, member)
             if MERGERS > 1:
-                merged_ptr = partials_ptr + 2 * G * C
+                merged_ptr = partials_ptr + 2 * G * K
                 if member < MERGERS:
-                    mine = tl.min(c, 0) + member * (BLOCK_C // MERGERS)
-                    mine += tl.arange(0, BLOCK_C // MERGERS)
-                    merged = merge_sums(
-                        *(partials_ptr, G, C, mine, mine < C, BLOCK_G, BLOCK_C // MERGERS)
-                    )
-                    store_sums(merged_ptr, mine, *merged, 1, C, mine < C)
+                    one, exists = merged_by(member, slab, C, PLANE, SLAB)
+                    merged = merge_sums(partials_ptr, G, K, one, exists, BLOCK_G)
+                    store_sums(merged_ptr, one, *merged, 1, K, exists)
                 group_barrier(counter_ptr, G, member)
-                sum_g = tl.load(merged_ptr + c, c_mask, other=0.0, cache_modifier=".cg")
-                sum_g_x = tl.load(merged_ptr + C + c, c_mask, other=0.0, cache_modifier=".cg")
+                sum_g = tl.load(merged_ptr + k, k_mask, other=0.0, cache_modifier=".cg")
+                sum_g_x = tl.load(merged_ptr + K + k, k_mask, other=0.0, cache_modifier=".cg")
             else:
-                sum_g, sum_g_x = merge_sums(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+                sum_g, sum_g_x = merge_sums(partials_ptr, G, K, k, k_mask, BLOCK_G)
         if member == 0:
-            store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr)
-        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, DTYPE)
+            store_grads(sum_g, sum_g_x, rstd, k, k_mask, dweight_ptr, dbias_ptr)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N * S * PLANE, DTYPE)
+        offset, slope = by_column(offset, PLANE, BLOCK_C), by_column(slope, PLANE, BLOCK_C)
         if HELD:
             write(
                 *(dy, x, more, first, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr),
@@ -646,7 +668,17 @@ def backward_kernel(
                 dy, x, more = load_inputs(
                     *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
                     *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn),
-                    *(stride_ro, stride_ri, LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                    *(
+                        stride_ro,
+                        stride_ri,
+                        LAST,
+                        VEC,
+                        CHANNELS_LAST,
+                        BLOCK_N,
+                        BLOCK_C,
+                        BLOCK_S,
+                        SLAB,
+                    ),
                 )
                 write(
                     *(dy, x, more, tile, c, c_mask, mean, scale, bias, offset, slope, p, q),
@@ -672,7 +704,7 @@ def reduce(
     plan, dy = launch.plan, inputs[1]
     partials, counters = None, None
     if plan.splits > 1 and any(t is not None for t in (sums, dweight, dbias)):
-        partials = dy.new_empty((2, plan.splits, launch.layout.C), dtype=torch.float64)
+        partials = dy.new_empty((2, plan.splits, launch.layout.channels), dtype=torch.float64)
         _, counters = scratch(launch.device, 0, 1 + plan.channel_blocks)
     tensors = (partials, counters, *results, *channels, *inputs)
     constants += (("BLOCK_G", plan.block_g(1)),)
@@ -759,4 +791,5 @@ def _constants(
         ("PRE_GRAD", gradient if act_first and wants_x else None),
         ("GRAD", None if act_first else gradient),
         ("INVERSE", inverse(act) if from_output else None),
+        ("SMOOTH", not (act.one_bit or act_first or from_output)),
     )

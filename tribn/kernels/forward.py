@@ -24,19 +24,23 @@ from tribn.kernels.tile import (
     UNSPECIALIZED,
     affine,
     bit_offsets,
+    by_column,
     channels,
+    columns,
     fold,
     group_barrier,
     is_last,
     load,
     load_or,
     merge_stats,
+    merged_by,
     pack,
     pointers,
     reciprocal,
     reciprocal_std,
     reduced,
     store,
+    sum_lanes,
     tile_count,
     tiles,
     unmasked,
@@ -71,9 +75,11 @@ def split_stats(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Mean, sum of squared deviations and count of PRE(x) in some tiles, float64 [BLOCK_C].
+    """Count, mean and sum of squared deviations of PRE(x) in some tiles, float64, of each channel.
 
     Sums of x - shift and of its square, the shift being the mean of the first tile, or of the first
     that the mask does not leave out: with k times as many values in the split as in that tile,
@@ -96,13 +102,15 @@ def split_stats(
     x = held.to(DTYPE)
     if PRE is not None:
         x = PRE(x, p, q)
-    share = 1.0 / tl.maximum(tl.sum(valid.to(tl.int32), 0), 1).to(DTYPE)
-    shift = tl.sum(tl.where(valid[None, :], x * share, 0.0), 1)
+    share = 1.0 / (PLANE * tl.maximum(tl.sum(valid.to(tl.int32), 0), 1)).to(DTYPE)
+    shift = sum_lanes(tl.where(valid[None, :], x * share, 0.0), DTYPE, PLANE, SLAB)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    shift_c = by_column(shift, PLANE, BLOCK_C)
 
     if HELD:
-        total = tl.where(valid[None, :], x - shift[:, None], 0.0)
-        square = total * total
+        deviation = tl.where(valid[None, :], x - shift_c[:, None], 0.0)
+        total = fold(deviation, VEC, CHANNELS_LAST)
+        square = fold(deviation * deviation, VEC, CHANNELS_LAST)
         if mask_ptr is None:
             count = tile_count(first, N, S, BLOCK_N, BLOCK_S)
         else:
@@ -124,7 +132,7 @@ def split_stats(
             ).to(DTYPE)
             if PRE is not None:
                 x = PRE(x, p, q)
-            deviation = x - shift[:, None]
+            deviation = x - shift_c[:, None]
             if mask_ptr is None:
                 count += tile_count(tile, N, S, BLOCK_N, BLOCK_S)
                 if not whole:
@@ -137,14 +145,14 @@ def split_stats(
 
     if mask_ptr is not None:
         count = tl.sum(count.to(tl.int64), 0)
-    n_g = count.to(tl.float64)
-    total_g = tl.sum(total, 1).to(tl.float64)
+    n_g = count.to(tl.float64) * PLANE
+    total_g = sum_lanes(total, tl.float64, PLANE, SLAB)
     offset = total_g * reciprocal(n_g)
-    m2 = tl.sum(square, 1).to(tl.float64)
+    m2 = sum_lanes(square, tl.float64, PLANE, SLAB)
     # Infinity stays, or is NaN like the variance about a mean that is neither.
     m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2 + (offset - offset))
     mean = shift.to(tl.float64) + offset
-    return tl.zeros([BLOCK_C], tl.float64) + n_g, mean, tl.where(m2 < 0, 0.0, m2), held
+    return tl.zeros(mean.shape, tl.float64) + n_g, mean, tl.where(m2 < 0, 0.0, m2), held
 
 
 @triton.jit
@@ -172,7 +180,6 @@ def store_and_track(
     MAY_BE_EMPTY: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """Stores the batch's statistics, and moves the running ones towards them."""
     store(mean_ptr + c, mean, c_mask, "")
@@ -184,12 +191,12 @@ def store_and_track(
         if SKIP_NONFINITE:
             finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
             moves = moves & finite
-        running = load_or(running_mean_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
+        running = load_or(running_mean_ptr, c, moves, 0.0, tl.float64)
         store(running_mean_ptr + c, running * (1.0 - momentum) + mean * momentum, moves, "")
         if MAY_BE_EMPTY:
             moves = moves & (count > correction)
         unbiased = m2 * reciprocal(count - correction)
-        running = load_or(running_var_ptr, c, moves, 0.0, BLOCK_C, tl.float64)
+        running = load_or(running_var_ptr, c, moves, 0.0, tl.float64)
         store(running_var_ptr + c, running * (1.0 - momentum) + unbiased * momentum, moves, "")
 
 
@@ -251,6 +258,8 @@ def stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Statistics of PRE(x), as a row, or stored while the running ones move towards them.
@@ -258,26 +267,28 @@ def stats_kernel(
     Grid: (channel blocks * G,).
     """
     pid = tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
+    blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
-    c, c_mask = channels(block, C, VEC, CHANNELS_LAST, BLOCK_C)
+    c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     count, mean, m2, _ = split_stats(
         *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
         *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
-        *(BLOCK_N, BLOCK_C, BLOCK_S, STAGES),
+        *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
     )
+    k, k_mask = channels(block, C, PLANE, SLAB)
+    K = C // PLANE
     whole = True
     if partials_ptr is not None:
-        store_stats(partials_ptr, g.to(tl.int64) * C + c, count, mean, m2, G, C, c_mask)
+        store_stats(partials_ptr, g.to(tl.int64) * K + k, count, mean, m2, G, K, k_mask)
         whole = is_last(counters_ptr + (1 + block).to(tl.int64), G, g)
         if whole:
-            count, mean, m2 = merge_stats(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+            count, mean, m2 = merge_stats(partials_ptr, G, K, k, k_mask, BLOCK_G)
     if whole:
         if row_ptr is not None:
-            tl.store(row_ptr + (2 + c), mean, c_mask)
-            tl.store(row_ptr + (2 + C + c), m2, c_mask)
+            tl.store(row_ptr + (2 + k), mean, k_mask)
+            tl.store(row_ptr + (2 + K + k), m2, k_mask)
             if block == 0:
                 head = tl.arange(0, 2).to(tl.int64)
                 tl.store(row_ptr + head, tl.where(head == 0, kind, tl.max(count, 0)))
@@ -285,9 +296,9 @@ def stats_kernel(
             if CUMULATIVE:
                 momentum = reciprocal(tl.load(num_batches_tracked_ptr) + 1)
             store_and_track(
-                *(count, mean, m2 * reciprocal(count), m2, momentum, correction, c, c_mask),
+                *(count, mean, m2 * reciprocal(count), m2, momentum, correction, k, k_mask),
                 *(running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None),
-                *(SKIP_NONFINITE, DTYPE, BLOCK_C),
+                *(SKIP_NONFINITE, DTYPE),
             )
             count_batch(
                 *(count, counters_ptr, blocks, block, count_ptr, num_batches_tracked_ptr),
@@ -307,7 +318,7 @@ def stats(
     plan = launch.plan
     partials = counters = None
     if plan.splits > 1:
-        partials = x.new_empty((3, plan.splits, launch.layout.C), dtype=torch.float64)
+        partials = x.new_empty((3, plan.splits, launch.layout.channels), dtype=torch.float64)
     if plan.splits > 1 or dict(constants)["CUMULATIVE"]:
         _, counters = scratch(launch.device, 0, 1 + plan.channel_blocks)
     constants += (("BLOCK_G", plan.block_g(1)),)
@@ -350,6 +361,7 @@ def write(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SLAB: tl.constexpr,
 ):
     """Stores y and bits of a tile of x."""
     exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
@@ -381,7 +393,7 @@ def write(
             z = x
         on = GRAD(tl.full(z.shape, 1.0, DTYPE), z, p, q) == 1.0
         on = on & c_mask[:, None] & valid[None, :]
-        at, mask = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S)
+        at, mask = bit_offsets(tile, c, N, C, S, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB)
         tl.store(bits_ptr + at, pack(on, CHANNELS_LAST), mask)
 
 
@@ -424,6 +436,8 @@ def normalize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual).
@@ -433,15 +447,17 @@ def normalize_kernel(
     Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C).to(tl.int32)
-    g = pid // blocks
-    c, c_mask = channels(pid % blocks, C, VEC, CHANNELS_LAST, BLOCK_C)
+    blocks = tl.cdiv(C, SLAB).to(tl.int32)
+    block, g = pid % blocks, pid // blocks
+    c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
+    k, k_mask = channels(block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
-    mean = load_or(mean_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-    var = load_or(var_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-    weight = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-    bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-    scale = weight * reciprocal_std(var, eps, DTYPE)
+    mean = load_or(mean_ptr, k, k_mask, 0.0, DTYPE)
+    var = load_or(var_ptr, k, k_mask, 1.0, DTYPE)
+    weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
+    bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
+    scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C)
+    mean = by_column(mean, PLANE, BLOCK_C)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
@@ -454,7 +470,7 @@ def normalize_kernel(
             *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr, mask_ptr),
             *(N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro, stride_ri),
             *(stride_mn, stride_ms, PRE, POST, GRAD, "", DTYPE, VEC, CHANNELS_LAST),
-            *(BLOCK_N, BLOCK_C, BLOCK_S),
+            *(BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
         )
 
 
@@ -512,11 +528,13 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr,
+    SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual), and its statistics.
 
-    Groups of G programs take one slab of BLOCK_C channels after another. Each program visits the
+    Groups of G programs take one slab of SLAB columns after another. Each program visits the
     tiles of its split of the slab twice, by the eviction policies FIRST and LAST, the second time
     in reverse; if it is HELD, the one tile stays in registers. Programs wait for those of their
     group; see `launch.Plan.mergers` for MERGERS, which is 0 for G = 1.
@@ -529,53 +547,51 @@ def forward_kernel(
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     if CUMULATIVE:
         momentum = reciprocal(tl.load(num_batches_tracked_ptr) + 1)
-    for slab in range(group, tl.cdiv(C, BLOCK_C).to(tl.int32), groups):
-        c, c_mask = channels(slab, C, VEC, CHANNELS_LAST, BLOCK_C)
+    K = C // PLANE
+    for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
+        c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
+        k, k_mask = channels(slab, C, PLANE, SLAB)
         count, mean, m2, held = split_stats(
             *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
             *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST),
-            *(BLOCK_N, BLOCK_C, BLOCK_S, STAGES),
+            *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
         )
         if MERGERS > 0:
             counter_ptr = counters_ptr + (1 + group).to(tl.int64)
-            at = member.to(tl.int64) * C + c
-            store_stats(partials_ptr, at, count, mean, m2, G, C, c_mask)
+            at = member.to(tl.int64) * K + k
+            store_stats(partials_ptr, at, count, mean, m2, G, K, k_mask)
             group_barrier(counter_ptr, G, member)
             if MERGERS > 1:
-                merged_ptr = partials_ptr + 3 * G * C
+                merged_ptr = partials_ptr + 3 * G * K
                 if member < MERGERS:
-                    mine = tl.min(c, 0) + member * (BLOCK_C // MERGERS)
-                    mine += tl.arange(0, BLOCK_C // MERGERS)
-                    merged = merge_stats(
-                        *(partials_ptr, G, C, mine, mine < C, BLOCK_G, BLOCK_C // MERGERS)
-                    )
-                    store_stats(merged_ptr, mine, *merged, 1, C, mine < C)
+                    one, exists = merged_by(member, slab, C, PLANE, SLAB)
+                    merged = merge_stats(partials_ptr, G, K, one, exists, BLOCK_G)
+                    store_stats(merged_ptr, one, *merged, 1, K, exists)
                 group_barrier(counter_ptr, G, member)
-                count, mean, m2 = merge_stats(merged_ptr, 1, C, c, c_mask, 1, BLOCK_C)
+                count, mean, m2 = merge_stats(merged_ptr, 1, K, k, k_mask, 1)
             else:
-                count, mean, m2 = merge_stats(partials_ptr, G, C, c, c_mask, BLOCK_G, BLOCK_C)
+                count, mean, m2 = merge_stats(partials_ptr, G, K, k, k_mask, BLOCK_G)
         var = m2 * reciprocal(count)
         if member == 0:
             store_and_track(
-                *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
+                *(count, mean, var, m2, momentum, correction, k, k_mask, running_mean_ptr),
                 *(running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None, SKIP_NONFINITE, DTYPE),
-                BLOCK_C,
             )
             if slab == group:
                 count_batch(
                     *(count, counters_ptr, groups, group, count_ptr, num_batches_tracked_ptr),
                     CUMULATIVE,
                 )
-        mean = mean.to(DTYPE)
-        weight = load_or(weight_ptr, c, c_mask, 1.0, BLOCK_C, DTYPE)
-        bias = load_or(bias_ptr, c, c_mask, 0.0, BLOCK_C, DTYPE)
-        scale = weight * reciprocal_std(var, eps, DTYPE)
+        weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
+        bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
+        scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C)
+        mean = by_column(mean.to(DTYPE), PLANE, BLOCK_C)
         if HELD:
             write(
                 *(held, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
                 *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
                 *(stride_ri, stride_mn, stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC),
-                *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
             )
         else:
             for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
@@ -589,7 +605,7 @@ def forward_kernel(
                     *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
                     *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
                     *(stride_ri, stride_mn, stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC),
-                    *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S),
+                    *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
                 )
 
 
@@ -634,7 +650,7 @@ def batch_norm_train(
     allocate = x.new_empty if x.numel() else x.new_zeros
     mean, var = (allocate((x.shape[axis],), dtype=accumulator(y.dtype)) for _ in range(2))
     count = None if mask is None else allocate((), dtype=torch.int64)
-    bits = new_bits(y, axis) if save_bits else None
+    bits = new_bits(y, axis, mask is not None) if save_bits else None
     if not x.numel():
         return y, mean, var, count, bits
     launch, (x, residual), mask = prepare(axis, y, y.dtype, (x, residual), mask, 1, save_bits, plan)
@@ -698,7 +714,7 @@ def batch_norm_eval(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     y = output(x, residual)
-    bits = new_bits(y, axis) if save_bits else None
+    bits = new_bits(y, axis, mask is not None) if save_bits else None
     if x.numel():
         launch, (x, residual), mask = prepare(
             axis, y, y.dtype, (x, residual), mask, None, save_bits, plan

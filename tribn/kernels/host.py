@@ -25,6 +25,7 @@ from tribn.launch import (
     Plan,
     collapse,
     make_plan,
+    runs,
     single_read_plan,
 )
 
@@ -66,8 +67,8 @@ def lay_out(
         around = None if mask is None else mask.unsqueeze(axis).stride()
         layout = collapse(like.shape, [like.stride(), *strides], axis, around)
         if rows and layout is not None:
-            own = collapse(like.shape, [like.stride()], axis)
-            return layout if own and (own.N, own.S) == (layout.N, layout.S) else None
+            own = runs(like.shape, like.stride(), axis, mask is not None)
+            return layout if (own.N, own.S) == (layout.N, layout.S) else None
         return layout
 
     layout = collapsed()
@@ -199,7 +200,7 @@ class Launcher:
             )
             room: tuple[Any, ...] = ()
             if plan.waits:
-                doubles = results * (plan.splits + 1) * self.layout.C
+                doubles = results * (plan.splits + 1) * self.layout.channels
                 kept = kept._replace(room=(doubles, 1 + plan.groups))
                 room = torch.float64, torch.int32
             elif values.get("CUMULATIVE") and plan.tier is not None:
@@ -225,6 +226,8 @@ class Launcher:
             "BLOCK_N": plan.block_n,
             "BLOCK_C": plan.block_c,
             "BLOCK_S": plan.block_s,
+            "PLANE": plan.plane,
+            "SLAB": plan.slab,
             "STAGES": plan.stages,
         }
         if plan.tier is not None:

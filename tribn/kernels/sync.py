@@ -103,14 +103,14 @@ def sync_combine_kernel(
     stride = 2 + 2 * C
     assert_one_kind(rows_ptr, stride, W, BLOCK_W)
     count, mean, m2 = merge_rows(
-        *(rows_ptr, W, stride, 2 + c, 2 + C + c, 1 + 0 * c, c_mask, BLOCK_W, BLOCK_C)
+        *(rows_ptr, W, stride, 2 + c, 2 + C + c, 1 + 0 * c, c_mask, BLOCK_W)
     )
     if CUMULATIVE:
         momentum = reciprocal(tl.load(tracked_ptr) + 1)
     var = m2 * reciprocal(count)
     store_and_track(
         *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
-        *(running_var_ptr, mean_ptr, var_ptr, True, SKIP_NONFINITE, DTYPE, BLOCK_C),
+        *(running_var_ptr, mean_ptr, var_ptr, True, SKIP_NONFINITE, DTYPE),
     )
     if pid == 0:
         total = tl.max(count, 0).to(tl.int64)

@@ -3,6 +3,10 @@
 A tile is [BLOCK_C, BLOCK_N * BLOCK_S]: channels down, reduced elements across. One source serves
 every layout: strides of all axes but the innermost arrive divided by VEC, so that the compiler
 sees them as multiples of it and makes 16-byte accesses.
+
+Short planes lie side by side as one run (`launch.Layout.plane`). What is down a tile then are
+columns, PLANE of them for each channel, and a block has the first SLAB of its BLOCK_C, those of
+whole channels. Elsewhere PLANE is 1 and a column a channel.
 """
 
 import triton
@@ -24,12 +28,70 @@ PER_CHANNEL = [
 
 
 @triton.jit
-def channels(block, C, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels of a block, int64 [BLOCK_C], and which of them exist."""
-    c = tl.cast(block, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+def columns(
+    block,
+    C,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """The columns of a block, int64 [BLOCK_C], and which of them exist."""
+    lane = tl.arange(0, BLOCK_C)
+    c = tl.cast(block, tl.int64) * SLAB + lane
     if CHANNELS_LAST:
         C = C // VEC * VEC
-    return c, c < C
+    exists = c < C
+    if SLAB < BLOCK_C:
+        exists = exists & (lane < SLAB)
+    return c, exists
+
+
+@triton.jit
+def channels(block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
+    """The channels of a block, int64, as many as the next power of two, and which exist."""
+    COUNT: tl.constexpr = SLAB // PLANE
+    lane = tl.arange(0, triton.next_power_of_2(COUNT))
+    k = tl.cast(block, tl.int64) * COUNT + lane
+    return k, (k < C // PLANE) & (lane < COUNT)
+
+
+@triton.jit
+def merged_by(member, block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
+    """The channel of a block that one of its programs merges, int64 [1], and whether it exists."""
+    COUNT: tl.constexpr = SLAB // PLANE
+    lane = member + tl.arange(0, 1)
+    k = tl.cast(block, tl.int64) * COUNT + lane
+    return k, (k < C // PLANE) & (lane < COUNT)
+
+
+@triton.jit
+def by_column(x, PLANE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A number of each channel for its columns, [BLOCK_C]."""
+    if PLANE == 1:
+        return x
+    else:
+        LAST: tl.constexpr = x.shape[0] - 1
+        return tl.gather(x, tl.minimum(tl.arange(0, BLOCK_C) // PLANE, LAST), 0)
+
+
+@triton.jit
+def sum_lanes(x, DTYPE: tl.constexpr, PLANE: tl.constexpr, SLAB: tl.constexpr):
+    """Sums of channels of a tile, or of what `fold` made of it, added up in a dtype."""
+    if PLANE == 1:
+        return tl.sum(x.to(DTYPE), 1)
+    else:
+        CHANNELS: tl.constexpr = triton.next_power_of_2(SLAB // PLANE)
+        COLUMNS: tl.constexpr = min(triton.next_power_of_2(PLANE), max(1, 1024 // CHANNELS))
+        x = tl.sum(x, 1)
+        lane = tl.arange(0, CHANNELS * COLUMNS)
+        total = tl.zeros([CHANNELS], DTYPE)
+        for start in range(0, PLANE, COLUMNS):
+            column = start + lane % COLUMNS
+            at = tl.minimum(lane // COLUMNS * PLANE + column, x.shape[0] - 1)
+            part = tl.where(column < PLANE, tl.gather(x, at, 0), 0.0)
+            total += tl.sum(tl.reshape(part, [CHANNELS, COLUMNS]).to(DTYPE), 1)
+        return total
 
 
 @triton.jit
@@ -179,14 +241,19 @@ def bit_offsets(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SLAB: tl.constexpr,
 ):
     """Offsets of the bytes of a tile, a eighth of it along the neighbours, and which exist."""
     if CHANNELS_LAST:
         n, s, exists = positions(tile, N, S, BLOCK_N, BLOCK_S)
         bytes_c = tl.cdiv(C, 8)
-        byte = tl.min(c, 0) // 8 + tl.arange(0, BLOCK_C // 8)
+        lane = tl.arange(0, BLOCK_C // 8)
+        byte = tl.min(c, 0) // 8 + lane
         at = (n * S + s)[None, :] * bytes_c + byte[:, None]
-        return at, (byte < bytes_c)[:, None] & exists[None, :]
+        within = byte < bytes_c
+        if SLAB < BLOCK_C:
+            within = within & (lane < SLAB // 8)
+        return at, within[:, None] & exists[None, :]
     else:
         bytes_s = tl.cdiv(S, 8)
         n, byte, exists = positions(tile, N, bytes_s, BLOCK_N, BLOCK_S // 8)
@@ -246,11 +313,10 @@ def merge_stats(
     c,
     c_mask,
     BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """Count, mean and sum of squared deviations of the union of G parts, float64 [BLOCK_C]."""
+    """Count, mean and sum of squared deviations of the union of G parts, float64, of channels."""
     at = (c, G * C + c, 2 * G * C + c)
-    return merge_rows(partials_ptr, G, C, *at, c_mask, BLOCK_G, BLOCK_C)
+    return merge_rows(partials_ptr, G, C, *at, c_mask, BLOCK_G)
 
 
 @triton.jit
@@ -263,25 +329,16 @@ def merge_rows(
     count_at,
     c_mask,
     BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """`merge_stats` of rows that are `stride` apart and hold a channel's numbers at these places.
 
-    Chan's formula for all parts at once, in a fixed order:
-    mean = sum(n_g * mean_g) / n, m2 = sum(m2_g + n_g * (mean_g - mean)^2).
+    Chan's formula for all parts at once, in a fixed order, about the mean of the first of them:
+    mean = sum(n_g * mean_g) / n, m2 = sum(m2_g + n_g * (mean_g - shift)^2) - n * (mean - shift)^2.
     """
-    count = tl.zeros([BLOCK_C], tl.float64)
-    total = tl.zeros([BLOCK_C], tl.float64)
-    m2 = tl.zeros([BLOCK_C], tl.float64)
-    for start in range(0, G, BLOCK_G):
-        g = start + tl.arange(0, BLOCK_G)
-        row = g[:, None] * stride
-        mask = (g < G)[:, None] & c_mask[None, :]
-        mean_g = tl.load(rows_ptr + row + mean_at[None, :], mask, other=0.0, cache_modifier=".cg")
-        count_g = tl.load(rows_ptr + row + count_at[None, :], mask, other=0.0, cache_modifier=".cg")
-        count += tl.sum(count_g, 0)
-        total += tl.sum(count_g * mean_g, 0)
-    mean = total * reciprocal(count)
+    count = tl.zeros(c_mask.shape, tl.float64)
+    total = tl.zeros(c_mask.shape, tl.float64)
+    shift = tl.zeros(c_mask.shape, tl.float64)
+    m2 = tl.zeros(c_mask.shape, tl.float64)
     for start in range(0, G, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
         row = g[:, None] * stride
@@ -289,9 +346,15 @@ def merge_rows(
         mean_g = tl.load(rows_ptr + row + mean_at[None, :], mask, other=0.0, cache_modifier=".cg")
         m2_g = tl.load(rows_ptr + row + m2_at[None, :], mask, other=0.0, cache_modifier=".cg")
         count_g = tl.load(rows_ptr + row + count_at[None, :], mask, other=0.0, cache_modifier=".cg")
-        deviation = mean_g - mean[None, :]
+        count_of, total_of = tl.sum(count_g, 0), tl.sum(count_g * mean_g, 0)
+        shift = tl.where(count == 0, total_of * reciprocal(count_of), shift)
+        deviation = mean_g - shift[None, :]
         m2 += tl.sum(m2_g + count_g * deviation * deviation, 0)
-    return count, mean, m2
+        count += count_of
+        total += total_of
+    mean = total * reciprocal(count)
+    m2 -= count * (mean - shift) * (mean - shift)
+    return count, mean, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
@@ -302,11 +365,10 @@ def merge_sums(
     c,
     c_mask,
     BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """Both sums over G parts, in a fixed order, float64 [BLOCK_C]."""
-    first = tl.zeros([BLOCK_C], tl.float64)
-    second = tl.zeros([BLOCK_C], tl.float64)
+    """Both sums over G parts, in a fixed order, float64, of channels."""
+    first = tl.zeros(c_mask.shape, tl.float64)
+    second = tl.zeros(c_mask.shape, tl.float64)
     for start in range(0, G, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
         at = g[:, None] * C + c[None, :]
@@ -334,10 +396,10 @@ def reciprocal_std(var, eps, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_or(ptr, c, c_mask, default, BLOCK_C: tl.constexpr, DTYPE: tl.constexpr):
+def load_or(ptr, c, c_mask, default, DTYPE: tl.constexpr):
     """A number of each channel, or the default where there is no tensor."""
     if ptr is None:
-        return tl.full([BLOCK_C], default, DTYPE)
+        return tl.full(c.shape, default, DTYPE)
     elif ptr.dtype.element_ty == tl.float64:
         return tl.load(ptr + c, c_mask, other=0.0).to(DTYPE)
     else:  # half precision converts to float64 only by way of float32
