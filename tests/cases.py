@@ -252,10 +252,12 @@ class Exact(NamedTuple):
     """A result in extended precision, and what the dtype of the arithmetic costs any algorithm.
 
     Terms are rounded before they are added up: four ulps of the largest one stay where they cancel,
-    as in the gradient of a sum, or where the result's dtype is wider than the arithmetic's. And the
-    batch's mean is a number of that dtype, off by up to half an ulp, which shifts every xhat. In
-    float64 the sum it comes from has no wider dtype to be taken in: its n roundings, of half an ulp
-    each and as often up as down, make that the square root of n times as much.
+    as in the gradient of a sum, or where the result's dtype is wider than the arithmetic's. Sums
+    are rounded on the way, where n terms of either sign have come to the square root of n of them,
+    which may be far more than in the end: an ulp of that. And the batch's mean is a number of that
+    dtype, off by up to half an ulp, which shifts every xhat. In float64 the sum it comes from has
+    no wider dtype to be taken in: its n roundings, of half an ulp each and as often up as down,
+    make that the square root of n times as much.
     """
 
     values: np.ndarray
@@ -273,6 +275,9 @@ def exact(inputs: Inputs, training: bool, momentum=MOMENTUM, eps=EPS) -> dict[st
     bias = (np.zeros(C) if t.bias is None else wide(t.bias))[:, None]
     arithmetic = accumulator(t.x.dtype)
     results = {}
+
+    def summed(terms: np.ndarray) -> float:
+        return ulp(largest(np.sqrt((terms**2).sum(1))), arithmetic)
 
     def add(name: str, values: np.ndarray, *terms: np.ndarray, shifted: np.ndarray | float = 0.0):
         if values.size == C:
@@ -301,8 +306,9 @@ def exact(inputs: Inputs, training: bool, momentum=MOMENTUM, eps=EPS) -> dict[st
     shifted = shift * (np.abs(dweight) + np.abs(dbias * xhat)) / n
     add("y", xhat * weight + bias, xhat * weight, bias, shifted=shift * weight)
     add("dx", dxhat * weight * rstd, dy * weight * rstd, shifted=shifted * weight * rstd)
-    add("dweight", dweight, dy * xhat, shifted=shift * dbias)
-    add("dbias", dbias, dy)
+    on_the_way = summed(dy * xhat)
+    add("dweight", dweight, dy * xhat, shifted=np.abs(shift * dbias) + on_the_way)
+    add("dbias", dbias, dy, shifted=summed(dy))
     return results
 
 

@@ -224,7 +224,8 @@ class Plan:
 
     def block_g(self, mergers: int) -> int:
         """How many partial results one of so many mergers takes at once."""
-        return max(1, MERGED_AT_ONCE * mergers // _pow2_above(self.channels)) if mergers else 1
+        at_once = MERGED_AT_ONCE * mergers // _pow2_above(self.channels)
+        return max(1, min(at_once, 32 * WARPS))
 
     @property
     def policies(self) -> tuple[str, str]:

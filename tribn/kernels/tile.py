@@ -77,9 +77,9 @@ def by_column(x, PLANE: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def sum_lanes(x, DTYPE: tl.constexpr, PLANE: tl.constexpr, SLAB: tl.constexpr):
-    """Sums of channels of a tile, or of what `fold` made of it, added up in a dtype."""
+    """Sums of channels of a tile, or of what `fold` made of it, in a dtype."""
     if PLANE == 1:
-        return tl.sum(x.to(DTYPE), 1)
+        return tl.sum(x, 1).to(DTYPE)
     else:
         CHANNELS: tl.constexpr = triton.next_power_of_2(SLAB // PLANE)
         COLUMNS: tl.constexpr = min(triton.next_power_of_2(PLANE), max(1, 1024 // CHANNELS))
