@@ -60,9 +60,9 @@ def constants(
     PLANE: tl.constexpr,
 ):
     """1 / std of each channel, and mean, scale and bias of each column."""
+    mean = by_column(load_or(mean_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
     rstd = reciprocal_std(load_or(var_ptr, k, k_mask, 1.0, DTYPE), eps, DTYPE)
     scale = by_column(load_or(weight_ptr, k, k_mask, 1.0, DTYPE) * rstd, PLANE, BLOCK_C)
-    mean = by_column(load_or(mean_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
     return rstd, mean, scale, by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
 
 
@@ -290,7 +290,7 @@ def backward_reduce_kernel(
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-    k, k_mask = channels(block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     rstd, mean, scale, bias = constants(
         k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
@@ -366,12 +366,12 @@ def store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr):
 
 
 @triton.jit
-def means(sum_g, sum_g_x, rstd, count_ptr, count, DTYPE: tl.constexpr):
+def means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE: tl.constexpr, DTYPE: tl.constexpr):
     """sum(g) / n, and sum(g * z) / n * rstd."""
     if count_ptr is not None:
         share = reciprocal(tl.load(count_ptr))
     else:
-        share = reciprocal(count)
+        share = reciprocal(N * S * PLANE)
     return (sum_g * share).to(DTYPE), (sum_g_x * rstd * rstd * share).to(DTYPE)
 
 
@@ -504,7 +504,7 @@ def backward_dx_kernel(
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-    k, k_mask = channels(block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     rstd, mean, scale, bias = constants(
         k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
@@ -514,7 +514,7 @@ def backward_dx_kernel(
     if sums_ptr is not None:
         sum_g = tl.load(sums_ptr + (1 + k), k_mask, other=0.0)
         sum_g_x = tl.load(sums_ptr + (1 + C // PLANE + k), k_mask, other=0.0)
-        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N * S * PLANE, DTYPE)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE, DTYPE)
         offset, slope = by_column(offset, PLANE, BLOCK_C), by_column(slope, PLANE, BLOCK_C)
     for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         dy, x, more = load_inputs(
@@ -602,7 +602,7 @@ def backward_kernel(
     K = C // PLANE
     for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
         c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-        k, k_mask = channels(slab, C, PLANE, SLAB)
+        k, k_mask = channels(c, c_mask, slab, C, PLANE, SLAB)
         rstd, mean, scale, bias = constants(
             k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
         )
@@ -654,7 +654,7 @@ def backward_kernel(
                 sum_g, sum_g_x = merge_sums(partials_ptr, G, K, k, k_mask, BLOCK_G)
         if member == 0:
             store_grads(sum_g, sum_g_x, rstd, k, k_mask, dweight_ptr, dbias_ptr)
-        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N * S * PLANE, DTYPE)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE, DTYPE)
         offset, slope = by_column(offset, PLANE, BLOCK_C), by_column(slope, PLANE, BLOCK_C)
         if HELD:
             write(

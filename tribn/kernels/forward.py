@@ -277,7 +277,7 @@ def stats_kernel(
         *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
         *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
     )
-    k, k_mask = channels(block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     K = C // PLANE
     whole = True
     if partials_ptr is not None:
@@ -450,7 +450,7 @@ def normalize_kernel(
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-    k, k_mask = channels(block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     mean = load_or(mean_ptr, k, k_mask, 0.0, DTYPE)
     var = load_or(var_ptr, k, k_mask, 1.0, DTYPE)
@@ -550,7 +550,7 @@ def forward_kernel(
     K = C // PLANE
     for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
         c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-        k, k_mask = channels(slab, C, PLANE, SLAB)
+        k, k_mask = channels(c, c_mask, slab, C, PLANE, SLAB)
         count, mean, m2, held = split_stats(
             *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
             *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST),

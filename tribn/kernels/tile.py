@@ -48,12 +48,18 @@ def columns(
 
 
 @triton.jit
-def channels(block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
-    """The channels of a block, int64, as many as the next power of two, and which exist."""
-    COUNT: tl.constexpr = SLAB // PLANE
-    lane = tl.arange(0, triton.next_power_of_2(COUNT))
-    k = tl.cast(block, tl.int64) * COUNT + lane
-    return k, (k < C // PLANE) & (lane < COUNT)
+def channels(c, c_mask, block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
+    """The channels of a block, int64, as many as the next power of two, and which exist.
+
+    They are those of its columns, c.
+    """
+    if PLANE == 1:
+        return c, c_mask
+    else:
+        COUNT: tl.constexpr = SLAB // PLANE
+        lane = tl.arange(0, triton.next_power_of_2(COUNT))
+        k = tl.cast(block, tl.int64) * COUNT + lane
+        return k, (k < C // PLANE) & (lane < COUNT)
 
 
 @triton.jit
