@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tribn.functional import batch_norm
-from tribn.launch import RUN, Layout
+from tribn.launch import Layout, whole_run
 from tribn.reference import accumulator
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -43,7 +43,7 @@ PLAIN = (None, 0.0, 0.0, False)  # to an operator: no activation
 
 def least_columns(layout: Layout) -> int:
     """How many a tile must have at least, for its slab to be of whole channels."""
-    return 1 if layout.plane == 1 else 1 << (math.lcm(layout.plane, RUN) - 1).bit_length()
+    return 1 if layout.plane == 1 else 1 << (whole_run(layout.plane) - 1).bit_length()
 
 
 # Layouts: the same values behind other strides. What lies between the elements is NaN, so that
@@ -396,6 +396,7 @@ FUSED_LAYOUTS: dict[str, Case] = {
     "channels_last_3d": Case((2, 3, 2, 3, 3), layout="channels_last_3d"),
     "NC": Case((17, 6)),
     "NLC": Case((3, 6, 5), channel_axis=-1),
+    "side by side": Case((5, 8, 7)),
     "sliced": Case((3, 5, 9), layout="sliced"),
 }
 # A residual with the given values, which are laid out as the input is.

@@ -92,7 +92,7 @@ def compile_all(target, x, fused=True):
         kernels.batch_norm_backward(*tensors, 1e-5, training, 1, *flags)
 
     dy, mask = x, x.select(1, 0).to(torch.bool)
-    bits = new_bits(x, 1, masked=False)
+    bits = new_bits(x, 1)
     every, none = [True, True, True, False], (None,) * 5
     with compiling(target) as compiled:
         kernels.batch_stats(x, None, 1)

@@ -423,7 +423,7 @@ def test_fused_on_every_path(path, case, device, force):
     assert_fused_accurate(inputs, case.training, options)
 
 
-BITS = [*itertools.product(ONE_BIT, ORDERS, (False, True), list(FUSED_LAYOUTS)[:5])]
+BITS = [*itertools.product(ONE_BIT, ORDERS, (False, True), list(FUSED_LAYOUTS)[:6])]
 
 
 @pytest.mark.parametrize(("activation", "order", "masked", "layout"), BITS)
@@ -444,8 +444,10 @@ def test_bits_are_the_references(activation, order, masked, layout, device):
     (y, bits), (expected, expected_bits) = (
         module.batch_norm_eval(*arguments) for module in (kernels, reference)
     )
-    assert torch.equal(bits, expected_bits)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    layout = launch.runs(y.shape, y.stride(), t.axis, masked)
+    used = y.numel() // 8 if layout.plane > 1 else bits.numel()  # planes side by side have no gaps
+    assert torch.equal(bits.flatten()[:used], expected_bits.flatten()[:used])
     signs = reference.unpack(bits, y, t.axis, masked)
     z = x if order == "act_norm" else x + residual
     on = (z > 0) & (z < 6) if activation == "relu6" else z > 0

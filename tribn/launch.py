@@ -3,7 +3,6 @@
 Standard library only, so that every plan can be computed, printed and tested on any machine.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -133,10 +132,18 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    odd = S % RUN and C * S % RUN == 0 and math.lcm(S, RUN) <= MOST_COLUMNS
+    odd = S % RUN != 0 and C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
     if odd and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
         return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
     return Layout(N, C, S, tuple(triples))
+
+
+def whole_run(plane: int) -> int:
+    """The fewest columns, of so many for each channel, that are of whole channels and by eights."""
+    columns = plane
+    while columns % RUN:
+        columns *= 2
+    return columns
 
 
 def runs(shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool) -> Layout:
@@ -146,15 +153,14 @@ def runs(shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool) 
     return layout
 
 
-def bits_shape(
-    shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool
-) -> tuple[int, ...]:
+def bits_shape(shape: Sequence[int], strides: Sequence[int], axis: int) -> tuple[int, ...]:
     """Bytes that hold a bit for every element of a dense tensor.
 
     Each run of neighbouring elements starts with a byte: [N, C, ceil(S / 8)], or if the channels
-    or columns are neighbours [N * S, ceil(C / 8)].
+    are neighbours [N * S, ceil(C / 8)]. Planes side by side take fewer, the first of these: the
+    shape is the same whether S is a multiple of 8, so that sizes may be symbols.
     """
-    layout = runs(shape, strides, axis, masked)
+    layout = runs(shape, strides, axis, masked=True)
     N, C, S = layout.N, layout.C, layout.S
     return (N * S, _cdiv(C, 8)) if layout.channels_last else (N, C, _cdiv(S, 8))
 
@@ -186,7 +192,7 @@ class Plan:
     @property
     def slab(self) -> int:
         """How many of its `block_c` columns a block has: those of whole channels, by eights."""
-        return self.block_c if self.plane == 1 else _down(self.block_c, math.lcm(self.plane, RUN))
+        return self.block_c if self.plane == 1 else _down(self.block_c, whole_run(self.plane))
 
     @property
     def channels(self) -> int:

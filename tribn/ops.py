@@ -166,13 +166,7 @@ def _fake_batch_norm_train(
     y = output(x, residual)
     mean = x.new_empty(x.shape[axis], dtype=accumulator(y.dtype))
     count = None if mask is None else x.new_empty((), dtype=torch.int64)
-    return (
-        y,
-        mean,
-        torch.empty_like(mean),
-        count,
-        new_bits(y, axis, mask is not None) if save_bits else None,
-    )
+    return y, mean, torch.empty_like(mean), count, new_bits(y, axis) if save_bits else None
 
 
 batch_norm_train = _define(
@@ -193,11 +187,10 @@ def _fake_batch_norm_eval(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mask: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, Tensor | None]:
     y = output(x, residual)
-    return y, new_bits(y, args[1], mask is not None) if args[-1] else None
+    return y, new_bits(y, args[2]) if args[-1] else None
 
 
 batch_norm_eval = _define(

@@ -36,9 +36,9 @@ def output(x: Tensor, residual: Tensor | None) -> Tensor:
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-def new_bits(y: Tensor, axis: int, masked: bool) -> Tensor:
+def new_bits(y: Tensor, axis: int) -> Tensor:
     """Room for a bit for every element of y, which is dense; see `tribn.launch.bits_shape`."""
-    return y.new_empty(bits_shape(y.shape, y.stride(), axis, masked), dtype=torch.uint8)
+    return y.new_empty(bits_shape(y.shape, y.stride(), axis), dtype=torch.uint8)
 
 
 def batch_stats(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ def batch_norm_eval(
         return z, None
     y = output(x, residual)
     if not x.numel():
-        return y, new_bits(y, axis, mask is not None) if save_bits else None
+        return y, new_bits(y, axis) if save_bits else None
     act = Activation(activation, p, q)
     x = x.to(accumulator(y.dtype))
     z = _normalize(act(x) if act_first else x, mean, var, weight, bias, eps, axis)
@@ -585,16 +585,19 @@ def pack(on: Tensor, y: Tensor, axis: int, masked: bool) -> Tensor:
     values = torch.nn.functional.pad(values, (0, -values.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=y.device)
     packed: Tensor = (values * weights).sum(-1, dtype=torch.uint8)
-    return packed.reshape(new_bits(y, axis, masked).shape)
+    bits = new_bits(y, axis).zero_()
+    bits.view(-1)[: packed.numel()] = packed.flatten()
+    return bits
 
 
 def unpack(bits: Tensor, y: Tensor, axis: int, masked: bool) -> Tensor:
     """1 for every bit that is set and else -1, like y."""
     layout, order = _runs(y, axis, masked)
     shape = (layout.N, layout.C, layout.S)
-    on: Tensor = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=y.device) & 1
-    on = on.flatten(-2)
-    values = on.view(*(shape[d] for d in order[:2]), on.shape[-1])[..., : shape[order[2]]]
+    *rows, run = (shape[d] for d in order)
+    used = bits.flatten()[: rows[0] * rows[1] * -(-run // 8)].view(*rows, -(-run // 8), 1)
+    on = used >> torch.arange(8, dtype=torch.uint8, device=y.device) & 1
+    values = on.flatten(-2)[..., :run]
     signs = torch.empty_like(y, dtype=accumulator(y.dtype))
     signs.as_strided(shape, layout.strides[0]).copy_(values.permute(order)).mul_(2).sub_(1)
     return signs

@@ -650,7 +650,7 @@ def batch_norm_train(
     allocate = x.new_empty if x.numel() else x.new_zeros
     mean, var = (allocate((x.shape[axis],), dtype=accumulator(y.dtype)) for _ in range(2))
     count = None if mask is None else allocate((), dtype=torch.int64)
-    bits = new_bits(y, axis, mask is not None) if save_bits else None
+    bits = new_bits(y, axis) if save_bits else None
     if not x.numel():
         return y, mean, var, count, bits
     launch, (x, residual), mask = prepare(axis, y, y.dtype, (x, residual), mask, 1, save_bits, plan)
@@ -714,7 +714,7 @@ def batch_norm_eval(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     y = output(x, residual)
-    bits = new_bits(y, axis, mask is not None) if save_bits else None
+    bits = new_bits(y, axis) if save_bits else None
     if x.numel():
         launch, (x, residual), mask = prepare(
             axis, y, y.dtype, (x, residual), mask, None, save_bits, plan
