@@ -328,6 +328,19 @@ print("unnoticed")
     assert ended.returncode != 0
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e8])
+def test_variance_of_parts_of_which_the_first_is_small_and_away(mean, device):
+    """What is merged first has one value, and a mean that is far from that of all others."""
+    n = 10**6
+    rows = torch.zeros(2 * MERGE, 4, dtype=F64, device=device)
+    rows[:, 0] = reference.kind(F64, 1)
+    rows[0, 1:3] = torch.tensor([1.0, mean + 1.0], dtype=F64)
+    rows[-1, 1:3] = torch.tensor([n, mean])
+    _, var, _ = kernels.sync_combine(rows, None, None, None, 0.1, 1, False, F64)
+    # It is what is left of n squares when the square of their sum is taken away.
+    assert abs(var.item() / (n / (n + 1) ** 2) - 1) <= n * torch.finfo(F64).eps
+
+
 @pytest.mark.parametrize("ranks", [1, MERGE, 2 * MERGE + 3])
 def test_rows_of_many_ranks_are_added_up_as_the_reference_does(ranks, device):
     rows = torch.randn(ranks, 1 + 2 * 20, dtype=F64, device=device)

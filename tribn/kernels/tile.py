@@ -339,12 +339,11 @@ def merge_rows(
     """`merge_stats` of rows that are `stride` apart and hold a channel's numbers at these places.
 
     Chan's formula for all parts at once, in a fixed order, about the mean of the first of them:
-    mean = sum(n_g * mean_g) / n, m2 = sum(m2_g + n_g * (mean_g - shift)^2) - n * (mean - shift)^2.
+    mean = sum(n_g * mean_g) / n, and with d_g = mean_g - shift
+    m2 = sum(m2_g + n_g * d_g^2) - sum(n_g * d_g)^2 / n.
     """
-    count = tl.zeros(c_mask.shape, tl.float64)
-    total = tl.zeros(c_mask.shape, tl.float64)
-    shift = tl.zeros(c_mask.shape, tl.float64)
-    m2 = tl.zeros(c_mask.shape, tl.float64)
+    zeros = tl.zeros(c_mask.shape, tl.float64)
+    count, total, shift, offset, m2 = zeros, zeros, zeros, zeros, zeros
     for start in range(0, G, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
         row = g[:, None] * stride
@@ -355,11 +354,12 @@ def merge_rows(
         count_of, total_of = tl.sum(count_g, 0), tl.sum(count_g * mean_g, 0)
         shift = tl.where(count == 0, total_of * reciprocal(count_of), shift)
         deviation = mean_g - shift[None, :]
+        offset += tl.sum(count_g * deviation, 0)
         m2 += tl.sum(m2_g + count_g * deviation * deviation, 0)
         count += count_of
         total += total_of
     mean = total * reciprocal(count)
-    m2 -= count * (mean - shift) * (mean - shift)
+    m2 -= offset * (offset * reciprocal(count))
     return count, mean, tl.where(m2 < 0, 0.0, m2)
 
 
