@@ -25,19 +25,19 @@ def explained(capsys):
 
 
 def test_module(explained, device, kernels):
-    module = tribn.BatchNorm2d(6, activation="relu").to(device)
-    x = torch.randn(8, 6, 10, 10, device=device, requires_grad=True)
+    module = tribn.BatchNorm2d(5, activation="relu").to(device)
+    x = torch.randn(8, 5, 10, 10, device=device, requires_grad=True)
     before = {name: t.clone() for name, t in module.state_dict().items()}
     text = explained(module, x)
-    assert text.startswith("BatchNorm2d(6, ")
-    assert "(8, 6, 10, 10), strides (600, 100, 10, 1), torch.float32" in text
-    assert "kept for backward: 19." in text  # KB: the input, and a little
+    assert text.startswith("BatchNorm2d(5, ")
+    assert "(8, 5, 10, 10), strides (500, 100, 10, 1), torch.float32" in text
+    assert "kept for backward: 16." in text  # KB: the input, and a little
     assert ("forward: 1 launch" in text) == ("backward: 1 launch" in text) == kernels
     assert ("PyTorch's operators" in text) != kernels
     if kernels:
         assert text.count("times the least possible") == 2
-        assert "38.4 KB moved, 1 times" in text
-        assert "57.6 KB moved, 1 times" in text
+        assert "32 KB moved, 1 times" in text
+        assert "48 KB moved, 1 times" in text
     after = module.state_dict()
     assert all(torch.equal(t, after[name]) for name, t in before.items())
     assert x.grad is None
