@@ -335,7 +335,7 @@ def test_variance_of_parts_of_which_the_first_is_small_and_away(mean, device):
     rows = torch.zeros(2 * MERGE, 4, dtype=F64, device=device)
     rows[:, 0] = reference.kind(F64, 1)
     rows[0, 1:3] = torch.tensor([1.0, mean + 1.0], dtype=F64)
-    rows[-1, 1:3] = torch.tensor([n, mean])
+    rows[-1, 1:3] = torch.tensor([n, mean], dtype=F64)
     _, var, _ = kernels.sync_combine(rows, None, None, None, 0.1, 1, False, F64)
     # It is what is left of n squares when the square of their sum is taken away.
     assert abs(var.item() / (n / (n + 1) ** 2) - 1) <= n * torch.finfo(F64).eps

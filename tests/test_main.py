@@ -21,7 +21,8 @@ ROOT = Path(tribn.__file__).parents[1]
 OPERATORS = ["batch_norm_train", "batch_norm_backward", "batch_norm_eval", "batch_stats"]
 
 once = pytest.mark.skipif(
-    INTERPRET, reason="takes seconds, and notices what is wrong with other operators likewise"
+    INTERPRET,
+    reason="takes seconds, and checks the command line: run it without TRITON_INTERPRET=1",
 )
 
 

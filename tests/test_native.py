@@ -129,6 +129,22 @@ def test_one_layer_at_two_dynamic_sizes_of_a_graph(activation, device):
     torch.testing.assert_close(layer.state_dict(), eager.state_dict(), rtol=0, atol=0)
 
 
+def test_planes_of_any_size_are_one_graph(device):
+    """Some lie side by side and some do not; bits are kept of all."""
+    torch._dynamo.reset()
+    layer = tribn.BatchNorm2d(C, activation="relu", device=device)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (5, 10, 7, 40):
+            x = images(6, device, size).requires_grad_()
+            residual = torch.randn_like(x).requires_grad_()
+            found, expected = (
+                torch.autograd.grad(f(x, residual).square().sum(), (x, residual))
+                for f in (compiled, layer)
+            )
+            torch.testing.assert_close(found, expected)
+
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs g++ for code on a CPU"
 )

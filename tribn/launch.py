@@ -16,7 +16,7 @@ HELD_PER_THREAD = 64  # elements in registers, of all tensors, of 4 bytes: two s
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
 UNREDUCED_PER_SM = 8  # of those that sum up nothing
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
-MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread
+MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread, one of a channel
 BARRIER = 1  # what waiting costs, in tiles of a program
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
@@ -191,8 +191,8 @@ class Plan:
 
     @property
     def slab(self) -> int:
-        """How many of its `block_c` columns a block has: those of whole channels, by eights."""
-        return self.block_c if self.plane == 1 else _down(self.block_c, whole_run(self.plane))
+        """How many of its `block_c` columns a block has."""
+        return _slab(self.block_c, self.plane)
 
     @property
     def channels(self) -> int:
@@ -363,19 +363,18 @@ def _tile(
         block_c = min(_pow2_above(C), elements // block_s) if elements > 16 * S else 1
         block_c = min(block_c, widest or block_c)
     block_n = min(_pow2_above(N), elements // (block_c * block_s))
-    plan = Plan(
+    return Plan(
         block_n=block_n,
         block_c=block_c,
         block_s=block_s,
         tiles_per_split=_cdiv(N, block_n) * _cdiv(S, block_s),
         splits=1,
-        channel_blocks=0,
+        channel_blocks=_cdiv(C, _slab(block_c, layout.plane)),
         channels_last=channels_last,
         vec=vec,
         num_warps=max(1, block_n * block_c * block_s // (32 * per_thread)),
         plane=layout.plane,
     )
-    return replace(plan, channel_blocks=_cdiv(C, plan.slab))
 
 
 def _tiles(plan: Plan, layout: Layout) -> int:
@@ -420,5 +419,6 @@ def _up(number: int, unit: int) -> int:
     return _cdiv(number, unit) * unit
 
 
-def _down(number: int, unit: int) -> int:
-    return number // unit * unit
+def _slab(block_c: int, plane: int) -> int:
+    """How many of a block's columns are of whole channels, and by eights if these have several."""
+    return block_c if plane == 1 else block_c // whole_run(plane) * whole_run(plane)

@@ -791,5 +791,5 @@ def _constants(
         ("PRE_GRAD", gradient if act_first and wants_x else None),
         ("GRAD", None if act_first else gradient),
         ("INVERSE", inverse(act) if from_output else None),
-        ("SMOOTH", not (act.one_bit or act_first or from_output)),
+        ("SMOOTH", not (act.name is None or act.one_bit or act_first or from_output)),
     )
