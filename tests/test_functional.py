@@ -266,7 +266,7 @@ class HostReads(TorchDispatchMode):
 def train_step(device, momentum=None):
     x = torch.randn(4, 3, 5, device=device, requires_grad=True)
     mean, var = torch.ones(2, 3, device=device)
-    counter = torch.tensor(0, device=device)
+    counter = torch.zeros((), dtype=torch.int64, device=device)
     y = batch_norm(x, mean, var, training=True, momentum=momentum, num_batches_tracked=counter)
     y.backward(torch.ones_like(y))
     return counter

@@ -18,7 +18,10 @@ UNREDUCED_PER_SM = 8  # of those that sum up nothing
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread, one of a channel
 BARRIER = 1  # what waiting costs, in tiles of a program
+FEW_TILES = 16  # for each multiprocessor: one program takes them sooner than several that wait
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
+EVALUATED = 512  # bytes of a row of channels where nothing is summed up
+NARROWEST = 4  # elements of an access to planes one by one; others are visited side by side
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
 MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower
@@ -107,7 +110,7 @@ def collapse(
 
     No element moves. Axes other than the channel `axis` may be visited in any order, since they
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
-    where all tensors allow it. Short planes that no 16-byte access divides are seen side by side,
+    where all tensors allow it. Short planes that only narrow accesses divide are seen side by side,
     as one run of columns, unless a mask differs within them. Returns None where more than two axes
     remain.
     """
@@ -132,7 +135,7 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    odd = S % RUN != 0 and C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
+    odd = S % NARROWEST != 0 and C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
     if odd and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
         return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
     return Layout(N, C, S, tuple(triples))
@@ -226,7 +229,7 @@ class Plan:
 
         That is faster only over neighbouring channels.
         """
-        return 3 if self.channels_last else 1
+        return 3 if self.channels_last and self.tiles_per_split > 1 else 1
 
     def block_g(self, mergers: int) -> int:
         """How many partial results one of so many mergers takes at once."""
@@ -260,14 +263,15 @@ def make_plan(
 
     With `bits` the tile holds whole bytes of one bit an element.
     """
-    plan = _tile(layout, itemsize, bits, BYTES_PER_THREAD // itemsize)
+    per_thread = BYTES_PER_THREAD // itemsize
+    plan = _tile(layout, itemsize, bits, per_thread, None if reduces else EVALUATED // itemsize)
     tiles = _tiles(plan, layout)
-    if not reduces and not layout.channels_last and plan.vec * itemsize == 16:
-        return _split(plan, layout, 1)  # a tile has one channel, whose numbers are soon loaded
+    if not reduces and plan.vec * itemsize == 16:
+        return _split(plan, layout, 1)  # the numbers of its channels are soon loaded
     programs = (CTAS_PER_SM if reduces else UNREDUCED_PER_SM) * device.sms
     splits = _cdiv(programs, plan.channel_blocks)
-    tiles_per_split = max(_cdiv(tiles, splits), min(tiles, TILES_PER_SPLIT))
-    return _split(plan, layout, tiles_per_split)
+    least = min(tiles, TILES_PER_SPLIT) if reduces else 1
+    return _split(plan, layout, max(_cdiv(tiles, splits), least))
 
 
 @lru_cache(maxsize=4096)
@@ -283,8 +287,8 @@ def single_read_plan(
 ) -> Plan:
     """The plan that visits all tiles of a slab of channels twice, as far as possible on the chip.
 
-    `inputs` are the tensors that are read twice. Tile and tier do not depend on how many programs
-    a multiprocessor holds, which only compiling the kernel for them tells.
+    `inputs` are the tensors that are read twice. How many programs a multiprocessor holds, only
+    compiling the kernel tells; tile and tier are the same for all numbers but 1.
     """
     most = held_per_thread // inputs // (4 if itemsize == 8 else 1)
     if layout.plane > 1:  # the sums of channels from those of columns take registers as well
@@ -301,8 +305,10 @@ def single_read_plan(
     while per_thread <= most:
         plan = _tile(layout, itemsize, bits, per_thread, narrow(64))  # the least that DRAM moves
         tiles = _tiles(plan, layout)
-        # Of a group one program fits each multiprocessor, and two of all groups.
-        if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= 2 * device.sms):
+        # All at once, a few to a multiprocessor, and of a group no more than one: a second round of
+        # the last few slabs would take as long as the first.
+        programs = min(programs_per_sm, 2) * device.sms
+        if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= programs):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
     if held:
@@ -323,6 +329,8 @@ def single_read_plan(
         at_once, tier = 0, "memory"
     programs, slabs = device.sms * programs_per_sm, plan.channel_blocks
     tiles = _tiles(plan, layout)
+    if layout.channels_last and slabs * tiles <= FEW_TILES * device.sms:
+        programs = device.sms
 
     def cost(splits: int) -> int:
         """In tiles, one after the other."""

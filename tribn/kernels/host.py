@@ -138,10 +138,12 @@ class Launcher:
         """The plans to try: for fewer and fewer programs on a multiprocessor, then smaller ones."""
         if reads and self.device not in _refused:
             of = self.layout, itemsize, self.facts, reads, bits
-            small = HELD_PER_THREAD, BYTES_PER_THREAD
-            plans = [single_read_plan(*of, programs) for programs in (4, 3, 2)]
-            plans += [single_read_plan(*of, programs, *small) for programs in (3, 2, 1)]
-            plans.append(single_read_plan(*of, 1, HELD_PER_THREAD // 2, BYTES_PER_THREAD))
+            held = [(2, HELD_PER_THREAD), (1, HELD_PER_THREAD), (1, HELD_PER_THREAD // 2)]
+            plans = [single_read_plan(*of, *how) for how in held]
+            plans = [plan for plan in plans if plan.tier == "registers"]
+            plans += [single_read_plan(*of, programs, 0) for programs in (4, 3, 2)]
+            visited = [(programs, 0, BYTES_PER_THREAD) for programs in (3, 2, 1)]
+            plans += [single_read_plan(*of, *how) for how in visited]
             if self.facts.cooperative or not any(plan.waits for plan in plans):
                 return plans
         return [make_plan(self.layout, itemsize, self.facts, bits, reads is not None)]
