@@ -41,7 +41,7 @@ from perf.report import (
     write,
 )
 
-ROUNDS, FEWEST_ROUNDS = 20, 5  # samples of each clock
+ROUNDS, FEWEST_ROUNDS = 12, 5  # samples of each clock
 PATIENCE = 10.0  # seconds of sampling, after which the fewest are enough
 COPY = "copy"  # of the input: direction and provider of what bandwidths are compared with
 

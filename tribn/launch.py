@@ -21,7 +21,7 @@ BARRIER = 1  # what waiting costs, in tiles of a program
 FEW_TILES = 16  # for each multiprocessor: one program takes them sooner than several that wait
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 EVALUATED = 512  # bytes of a row of channels where nothing is summed up
-NARROWEST = 4  # elements of an access to planes one by one; others are visited side by side
+NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
 MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower
@@ -105,14 +105,15 @@ def collapse(
     strides: Sequence[Sequence[int]],
     axis: int,
     mask: Sequence[int] | None = None,
+    narrowest: int = NARROWEST,
 ) -> Layout | None:
     """Sees tensors of one shape, and a mask with any stride along `axis`, as (N, C, S).
 
     No element moves. Axes other than the channel `axis` may be visited in any order, since they
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
-    where all tensors allow it. Short planes that only narrow accesses divide are seen side by side,
-    as one run of columns, unless a mask differs within them. Returns None where more than two axes
-    remain.
+    where all tensors allow it. Short planes that are no multiple of the `narrowest` access are seen
+    side by side, as one run of columns, unless a mask differs within them. Returns None where more
+    than two axes remain.
     """
     if mask is not None:
         strides = [*strides, mask]
@@ -135,7 +136,7 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    odd = S % NARROWEST != 0 and C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
+    odd = S % narrowest != 0 and C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
     if odd and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
         return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
     return Layout(N, C, S, tuple(triples))
