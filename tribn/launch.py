@@ -18,7 +18,7 @@ UNREDUCED_PER_SM = 8  # of those that sum up nothing
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread, one of a channel
 BARRIER = 1  # what waiting costs, in tiles of a program
-FEW_TILES = 16  # for each multiprocessor: one program takes them sooner than several that wait
+FEW_TILES = 12  # for each multiprocessor: one program takes them sooner than several that wait
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 EVALUATED = 512  # bytes of a row of channels where nothing is summed up
 NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
@@ -235,7 +235,8 @@ class Plan:
     def block_g(self, mergers: int) -> int:
         """How many partial results one of so many mergers takes at once."""
         at_once = MERGED_AT_ONCE * mergers // _pow2_above(self.channels)
-        return max(1, min(at_once, 32 * WARPS))
+        # One for each thread of a warp, if that is enough: several warps take registers to add up.
+        return max(1, min(at_once, 32 if self.splits <= 32 else 32 * WARPS))
 
     @property
     def policies(self) -> tuple[str, str]:
@@ -264,8 +265,9 @@ def make_plan(
 
     With `bits` the tile holds whole bytes of one bit an element.
     """
-    per_thread = BYTES_PER_THREAD // itemsize
-    plan = _tile(layout, itemsize, bits, per_thread, None if reduces else EVALUATED // itemsize)
+    wide = not reduces and layout.channels_last
+    per_thread = (VISITED_PER_THREAD if wide else BYTES_PER_THREAD) // itemsize
+    plan = _tile(layout, itemsize, bits, per_thread, EVALUATED // itemsize if wide else None)
     tiles = _tiles(plan, layout)
     if not reduces and plan.vec * itemsize == 16:
         return _split(plan, layout, 1)  # the numbers of its channels are soon loaded
