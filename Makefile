@@ -1,7 +1,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-zoo lint gpu clean
+.PHONY: help setup demo test test-zoo lint gpu sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,14 @@ gpu:  ## test and benchmark on a GPU with the packages of PYTHON; results go to 
 	  echo "tests: exit code $$status (124: not done in 300 s)"; \
 	  $(PYTHON) -m perf bench --out "$$OUT" && \
 	  $(PYTHON) -m perf plot --out "$$OUT" "$$OUT"/bench-*.json && exit $$status
+
+# tribn's own kernels alone: PyTorch's take most of the time.
+sanitize: export PYTHONPATH := $(CURDIR)
+sanitize:  ## run tribn's kernels under compute-sanitizer on a GPU with the packages of PYTHON
+	@for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    --kernel-regex kns=forward_kernel,kns=backward_kernel,kns=normalize_kernel,kns=stats_kernel,kns=backward_reduce_kernel,kns=backward_dx_kernel \
+	    $(PYTHON) tests/sanitize.py || exit 1; done
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
