@@ -1,4 +1,4 @@
-"""Calls that reach every kernel, small enough for compute-sanitizer: `make sanitize`."""
+"""Calls that reach every kernel of one process, small, for compute-sanitizer: `make sanitize`."""
 
 from itertools import product
 from unittest import mock

@@ -204,7 +204,8 @@ ORDERS = [("planes", False), ("pixels", True)]  # each activation in one of them
     ],
 )
 def test_no_activation_needs_more_than_there_is(activation, act_first, name):
-    x = tensor(*TENSORS[name][:3])
+    """Over neighbouring channels one program with a large tile has a multiprocessor to itself."""
+    x, large = tensor(*TENSORS[name][:3]), name == "pixels"
     for kernel in compile_training("sm_90", x, (activation, 0.0, 0.0, act_first)):
         name, warps = kernel.metadata.name, kernel.metadata.num_warps
         held, spilled = registers(kernel)
@@ -212,7 +213,7 @@ def test_no_activation_needs_more_than_there_is(activation, act_first, name):
         expensive = name == "backward_kernel" and activation in EXPENSIVE
         expensive |= name == "forward_kernel" and activation == "gelu_tanh" and act_first
         ctas = TARGETS["sm_90"].facts.programs_per_sm(warps, held, kernel.metadata.shared)
-        assert ctas >= (1 if expensive else 2), name
+        assert ctas >= (1 if expensive or large else 2), name
 
 
 SYNCHRONIZED = {

@@ -11,16 +11,16 @@ from typing import Any
 # perf/NOTES.md has what was measured of these on an H100.
 WARPS = 8  # of a program with a full tile
 BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
-VISITED_PER_THREAD = 64  # the same of programs that visit their tiles twice, where registers allow
+LARGE_PER_THREAD = 64  # the same of programs that visit their tiles twice, where registers allow
 HELD_PER_THREAD = 64  # elements in registers, of all tensors, of 4 bytes: two such programs fit
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
-UNREDUCED_PER_SM = 8  # of those that sum up nothing
+UNREDUCED_PER_SM = 8  # of those that sum up nothing, if their accesses are narrow
 TILES_PER_SPLIT = 4  # a shorter reduction is not worth a partial of its own
 MERGED_AT_ONCE = 1024  # partials and channels in a tile: four for each thread, one of a channel
 BARRIER = 1  # what waiting costs, in tiles of a program
 FEW_TILES = 12  # for each multiprocessor: one program takes them sooner than several that wait
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
-EVALUATED = 512  # bytes of a row of channels where nothing is summed up
+EVALUATED = 512  # bytes of a row of channels, in a large tile, where nothing is summed up
 NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
@@ -263,10 +263,11 @@ def make_plan(
 ) -> Plan:
     """The plan for tensors of `itemsize` bytes an element in `layout` on `device`.
 
-    With `bits` the tile holds whole bytes of one bit an element.
+    With `bits` the tile holds whole bytes of one bit an element. A kernel that `reduces` nothing
+    has a program for each tile, unless accesses are narrow.
     """
-    wide = not reduces and layout.channels_last
-    per_thread = (VISITED_PER_THREAD if wide else BYTES_PER_THREAD) // itemsize
+    wide = not reduces and layout.channels_last and not bits  # these take registers
+    per_thread = (LARGE_PER_THREAD if wide else BYTES_PER_THREAD) // itemsize
     plan = _tile(layout, itemsize, bits, per_thread, EVALUATED // itemsize if wide else None)
     tiles = _tiles(plan, layout)
     if not reduces and plan.vec * itemsize == 16:
@@ -286,7 +287,7 @@ def single_read_plan(
     bits: bool = False,
     programs_per_sm: int = 2,
     held_per_thread: int = HELD_PER_THREAD,
-    visited_per_thread: int = VISITED_PER_THREAD,
+    visited_per_thread: int = LARGE_PER_THREAD,
 ) -> Plan:
     """The plan that visits all tiles of a slab of channels twice, as far as possible on the chip.
 
