@@ -440,9 +440,18 @@ def test_slabs_in_registers_take_one_round():
     assert by_programs[1].tier == "l2"
 
 
-@pytest.mark.parametrize(("batch", "most"), [(32, 1), (128, 2)])
-def test_few_tiles_of_neighbouring_channels_have_few_programs(batch, most):
-    plan = single_read_plan(layout_of((batch, 64, 56, 56), channels_last), 2, H100)
+@pytest.mark.parametrize(
+    ("shape", "strides", "most"),
+    [
+        ((32, 64, 56, 56), channels_last, 1),
+        ((128, 128, 28, 28), channels_last, 1),
+        ((128, 64, 56, 56), channels_last, 2),
+        ((128, 512, 7, 7), contiguous, 1),  # side by side
+        ((128, 2048, 7, 7), contiguous, 2),
+    ],
+)
+def test_few_tiles_of_neighbouring_channels_have_few_programs(shape, strides, most):
+    plan = single_read_plan(layout_of(shape, strides), 2, H100)
     assert plan.tier != "registers"
     assert (most - 1) * H100.sms < plan.grid[0] <= most * H100.sms
 
@@ -453,8 +462,25 @@ def test_evaluation_has_a_program_for_each_tile(shape, strides):
     layout = layout_of(shape, strides)
     plan = make_plan(layout, 2, H100, reduces=False)
     assert plan.tiles_per_split == plan.stages == 1
+    tile = plan.block_n * plan.block_c * plan.block_s * 2
+    assert tile == 32 * plan.num_warps * (64 if layout.channels_last else 32)
     if layout.channels_last and layout.plane == 1:
         assert plan.block_c == 256  # 512 bytes side by side
+        with_bits = make_plan(layout, 2, H100, bits=True, reduces=False)
+        assert (with_bits.block_c, with_bits.block_s) == (64, 64)
+
+
+def test_evaluation_with_narrow_accesses_takes_what_programs_there_may_be():
+    layout = layout_of((128, 9, 7, 7))
+    assert make_plan(layout, 2, H100, reduces=False).tiles_per_split == 1
+    assert make_plan(layout, 2, H100).tiles_per_split > 1
+
+
+@pytest.mark.parametrize(("splits", "at_once"), [(2, 32), (32, 32), (33, 256), (300, 256)])
+def test_partial_results_of_few_programs_fit_a_warp(splits, at_once):
+    plan = single_read_plan(layout_of((128, 64, 56, 56)), 2, H100)
+    assert plan.channels == 1
+    assert replace(plan, splits=splits).block_g(1) == at_once
 
 
 def test_a_group_is_as_large_as_the_device():

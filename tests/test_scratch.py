@@ -372,6 +372,29 @@ def test_a_margin_of_multiprocessors(margin, monkeypatch):
         assert launcher.facts.sms == left
 
 
+def test_plans_over_neighbouring_channels(monkeypatch):
+    """One program to a multiprocessor comes before smaller tiles."""
+    facts = host.Device(132, l2=50 * 2**20, registers=2**18, shared=2**18, threads=2048)
+    monkeypatch.setattr(host, "device_facts", lambda _: facts)
+    like = torch.empty(128, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+    x = like.to(memory_format=torch.channels_last)
+    launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=1)
+    tiles = [plan.block_c * plan.block_s for plan in launcher.plans]
+    assert tiles == [8192] * 4 + [4096] * 3
+    assert launcher.plans[3].grid[0] <= 132
+    launcher, *_ = host.prepare(1, like, x.dtype, (like,), None, reads=1)
+    assert [plan.block_n * plan.block_s for plan in launcher.plans] == [8192] * 3 + [4096] * 3
+
+
+@pytest.mark.parametrize(
+    ("reads", "bits", "plane"), [(None, False, 196), (None, True, 1), (0, False, 1), (1, False, 1)]
+)
+def test_planes_of_14_are_side_by_side_where_nothing_is_summed(reads, bits, plane):
+    x = torch.empty(8, 4, 14, 14, dtype=torch.bfloat16, device="meta")
+    launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=reads, bits=bits)
+    assert launcher.layout.plane == plane
+
+
 @pytest.mark.parametrize(
     ("message", "waits", "error"),
     [
