@@ -136,8 +136,8 @@ def test_planes_of_any_size_are_one_graph(device):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in (5, 10, 7, 40):
-            x = images(6, device, size).requires_grad_()
-            residual = torch.randn_like(x).requires_grad_()
+            x = torch.randn(6, C, size, 2, device=device, requires_grad=True)
+            residual = torch.randn_like(x, requires_grad=True)
             found, expected = (
                 torch.autograd.grad(f(x, residual).square().sum(), (x, residual))
                 for f in (compiled, layer)

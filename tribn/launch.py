@@ -11,7 +11,7 @@ from typing import Any
 # perf/NOTES.md has what was measured of these on an H100.
 WARPS = 8  # of a program with a full tile
 BYTES_PER_THREAD = 32  # of each tensor's tile: two 16-byte accesses
-LARGE_PER_THREAD = 64  # the same of programs that visit their tiles twice, where registers allow
+LARGE_PER_THREAD = 64  # the same of large tiles: visited twice where registers allow, or in eval
 HELD_PER_THREAD = 64  # elements in registers, of all tensors, of 4 bytes: two such programs fit
 CTAS_PER_SM = 4  # enough loads in flight to cover memory latency with 8-warp programs
 UNREDUCED_PER_SM = 8  # of those that sum up nothing, if their accesses are narrow
