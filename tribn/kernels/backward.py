@@ -603,15 +603,16 @@ def backward_kernel(
     for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
         c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
         k, k_mask = channels(c, c_mask, slab, C, PLANE, SLAB)
-        rstd, mean, scale, bias = constants(
-            k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
-        )
-        if HELD:
+        if HELD:  # it waits for nothing, not for the numbers of the channels either
             dy, x, more = load_inputs(
                 *(first, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
                 *(stride_dyo, stride_dyi, stride_xn, stride_xo, stride_xi, stride_rn, stride_ro),
                 *(stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
             )
+        rstd, mean, scale, bias = constants(
+            k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
+        )
+        if HELD:
             sum_g, sum_g_x = terms(
                 *(dy, x, more, first, mean, scale, bias, p, q, x_ptr, residual_ptr, bits_ptr),
                 *(mask_ptr, N, S, stride_mn, stride_ms, PRE, GRAD, INVERSE, SMOOTH, DTYPE, VEC),

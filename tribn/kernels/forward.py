@@ -173,6 +173,8 @@ def store_and_track(
     correction,
     c,
     c_mask,
+    running_mean,
+    running_var,
     running_mean_ptr,
     running_var_ptr,
     mean_ptr,
@@ -191,18 +193,34 @@ def store_and_track(
         if SKIP_NONFINITE:
             finite = (tl.abs(mean) < float("inf")) & (var.to(DTYPE) < float("inf"))
             moves = moves & finite
-        running = load_or(running_mean_ptr, c, moves, 0.0, tl.float64)
-        store(running_mean_ptr + c, running * (1.0 - momentum) + mean * momentum, moves, "")
+        moved = running_mean * (1.0 - momentum) + mean * momentum
+        store(running_mean_ptr + c, moved, moves, "")
         if MAY_BE_EMPTY:
             moves = moves & (count > correction)
         unbiased = m2 * reciprocal(count - correction)
-        running = load_or(running_var_ptr, c, moves, 0.0, tl.float64)
-        store(running_var_ptr + c, running * (1.0 - momentum) + unbiased * momentum, moves, "")
+        moved = running_var * (1.0 - momentum) + unbiased * momentum
+        store(running_var_ptr + c, moved, moves, "")
+
+
+@triton.jit
+def load_tracked(num_batches_tracked_ptr):
+    """How many batches were tracked before, 0 where that is not counted."""
+    if num_batches_tracked_ptr is None:
+        return tl.zeros([], tl.int64)
+    else:
+        return tl.load(num_batches_tracked_ptr).to(tl.int64)
 
 
 @triton.jit
 def count_batch(
-    count, counters_ptr, groups, group, count_ptr, num_batches_tracked_ptr, CUMULATIVE: tl.constexpr
+    count,
+    tracked,
+    counters_ptr,
+    groups,
+    group,
+    count_ptr,
+    num_batches_tracked_ptr,
+    CUMULATIVE: tl.constexpr,
 ):
     """Counts a batch, unless nothing in it counts, when all groups have read the counter."""
     total = tl.max(count, 0).to(tl.int64)
@@ -216,8 +234,7 @@ def count_batch(
         if count_ptr is not None:
             tl.store(count_ptr, total)
         if num_batches_tracked_ptr is not None:
-            counted = tl.load(num_batches_tracked_ptr)
-            tl.store(num_batches_tracked_ptr, counted + (total > 0).to(tl.int64))
+            tl.store(num_batches_tracked_ptr, tracked + (total > 0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=PER_CHANNEL)
@@ -293,15 +310,18 @@ def stats_kernel(
                 head = tl.arange(0, 2).to(tl.int64)
                 tl.store(row_ptr + head, tl.where(head == 0, kind, tl.max(count, 0)))
         else:
+            tracked = load_tracked(num_batches_tracked_ptr)
             if CUMULATIVE:
-                momentum = reciprocal(tl.load(num_batches_tracked_ptr) + 1)
+                momentum = reciprocal(tracked + 1)
+            running_mean = load_or(running_mean_ptr, k, k_mask, 0.0, tl.float64)
+            running_var = load_or(running_var_ptr, k, k_mask, 0.0, tl.float64)
             store_and_track(
                 *(count, mean, m2 * reciprocal(count), m2, momentum, correction, k, k_mask),
-                *(running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None),
-                *(SKIP_NONFINITE, DTYPE),
+                *(running_mean, running_var, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr),
+                *(mask_ptr is not None, SKIP_NONFINITE, DTYPE),
             )
             count_batch(
-                *(count, counters_ptr, blocks, block, count_ptr, num_batches_tracked_ptr),
+                *(count, tracked, counters_ptr, blocks, block, count_ptr, num_batches_tracked_ptr),
                 CUMULATIVE,
             )
 
@@ -326,8 +346,43 @@ def stats(
 
 
 @triton.jit
+def load_inputs(
+    x_ptr,
+    residual_ptr,
+    tile,
+    c,
+    S,
+    exists,
+    stride_xn,
+    stride_xo,
+    stride_xi,
+    stride_rn,
+    stride_ro,
+    stride_ri,
+    EVICTION: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """A tile of x and of the residual, for which x stands in where there is none."""
+    x = load(
+        *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+        *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+    )
+    r = x
+    if residual_ptr is not None:
+        r = load(
+            *(residual_ptr, tile, c, S, exists, stride_rn, stride_ro, stride_ri),
+            *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
+    return x, r
+
+
+@triton.jit
 def write(
     x,
+    r,
     tile,
     c,
     c_mask,
@@ -346,9 +401,6 @@ def write(
     stride_yn,
     stride_yo,
     stride_yi,
-    stride_rn,
-    stride_ro,
-    stride_ri,
     stride_mn,
     stride_ms,
     PRE: tl.constexpr,
@@ -363,15 +415,10 @@ def write(
     BLOCK_S: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """Stores y and bits of a tile of x."""
+    """Stores y and bits of a tile of x and residual."""
     exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
     valid = unmasked(exists, mask_ptr, tile, S, stride_mn, stride_ms, BLOCK_N, BLOCK_S)
     mask = c_mask[:, None] & exists[None, :]
-    if residual_ptr is not None:
-        r = load(
-            *(residual_ptr, tile, c, S, mask, stride_rn, stride_ro, stride_ri),
-            *(EVICTION, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
-        )
     x = x.to(DTYPE)
     if PRE is not None:
         z = affine(PRE(x, p, q), mean, scale, bias)
@@ -439,11 +486,13 @@ def normalize_kernel(
     PLANE: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
+    LOOPS: tl.constexpr,
 ):
     """y = POST((PRE(x) - mean) / sqrt(var + eps) * weight + bias + residual).
 
     The bits tell where the activation's gradient GRAD is that of the identity. Programs and tiles
-    go in the reverse of `stats_kernel`'s order: what it read last may still be in the cache.
+    go in the reverse of `stats_kernel`'s order: what it read last may still be in the cache. If it
+    LOOPS a program has more than one tile.
     Grid: (channel blocks * G,).
     """
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -452,6 +501,13 @@ def normalize_kernel(
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
     k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
+    if not LOOPS:  # nothing waits for the numbers of the channels first
+        exists, _ = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        exists = c_mask[:, None] & exists[None, :]
+        x, r = load_inputs(
+            *(x_ptr, residual_ptr, first, c, S, exists, stride_xn, stride_xo, stride_xi),
+            *(stride_rn, stride_ro, stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+        )
     mean = load_or(mean_ptr, k, k_mask, 0.0, DTYPE)
     var = load_or(var_ptr, k, k_mask, 1.0, DTYPE)
     weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
@@ -459,18 +515,24 @@ def normalize_kernel(
     scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C)
     mean = by_column(mean, PLANE, BLOCK_C)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
-        exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
-        exists = c_mask[:, None] & exists[None, :]
-        x = load(
-            *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
-            *("", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
-        )
+    if LOOPS:
+        for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
+            exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+            exists = c_mask[:, None] & exists[None, :]
+            x, r = load_inputs(
+                *(x_ptr, residual_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+                *(stride_rn, stride_ro, stride_ri, "", VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+            )
+            write(
+                *(x, r, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
+                *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_mn, stride_ms, PRE),
+                *(POST, GRAD, "", DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
+            )
+    else:
         write(
-            *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr, mask_ptr),
-            *(N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro, stride_ri),
-            *(stride_mn, stride_ms, PRE, POST, GRAD, "", DTYPE, VEC, CHANNELS_LAST),
-            *(BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
+            *(x, r, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
+            *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_mn, stride_ms, PRE),
+            *(POST, GRAD, "", DTYPE, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
         )
 
 
@@ -545,12 +607,19 @@ def forward_kernel(
     member = tl.program_id(0) % G
     first, last = tiles(member, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
+    if HELD or CUMULATIVE:
+        tracked = load_tracked(num_batches_tracked_ptr)
     if CUMULATIVE:
-        momentum = reciprocal(tl.load(num_batches_tracked_ptr) + 1)
+        momentum = reciprocal(tracked + 1)
     K = C // PLANE
     for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
         c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
         k, k_mask = channels(c, c_mask, slab, C, PLANE, SLAB)
+        if HELD:  # they come while the statistics are taken; a loop needs the registers
+            weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
+            bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
+            running_mean = load_or(running_mean_ptr, k, k_mask, 0.0, tl.float64)
+            running_var = load_or(running_var_ptr, k, k_mask, 0.0, tl.float64)
         count, mean, m2, held = split_stats(
             *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
             *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST),
@@ -561,6 +630,15 @@ def forward_kernel(
             at = member.to(tl.int64) * K + k
             store_stats(partials_ptr, at, count, mean, m2, G, K, k_mask)
             group_barrier(counter_ptr, G, member)
+        if HELD:
+            r = held
+            if residual_ptr is not None:
+                exists, _ = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+                r = load(
+                    *(residual_ptr, first, c, S, c_mask[:, None] & exists[None, :], stride_rn),
+                    *(stride_ro, stride_ri, LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+                )
+        if MERGERS > 0:
             if MERGERS > 1:
                 merged_ptr = partials_ptr + 3 * G * K
                 if member < MERGERS:
@@ -573,39 +651,48 @@ def forward_kernel(
                 count, mean, m2 = merge_stats(partials_ptr, G, K, k, k_mask, BLOCK_G)
         var = m2 * reciprocal(count)
         if member == 0:
+            if not HELD:
+                running_mean = load_or(running_mean_ptr, k, k_mask, 0.0, tl.float64)
+                running_var = load_or(running_var_ptr, k, k_mask, 0.0, tl.float64)
             store_and_track(
-                *(count, mean, var, m2, momentum, correction, k, k_mask, running_mean_ptr),
-                *(running_var_ptr, mean_ptr, var_ptr, mask_ptr is not None, SKIP_NONFINITE, DTYPE),
+                *(count, mean, var, m2, momentum, correction, k, k_mask, running_mean),
+                *(running_var, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr),
+                *(mask_ptr is not None, SKIP_NONFINITE, DTYPE),
             )
             if slab == group:
+                if not (HELD or CUMULATIVE):
+                    tracked = load_tracked(num_batches_tracked_ptr)
                 count_batch(
-                    *(count, counters_ptr, groups, group, count_ptr, num_batches_tracked_ptr),
-                    CUMULATIVE,
+                    *(count, tracked, counters_ptr, groups, group, count_ptr),
+                    *(num_batches_tracked_ptr, CUMULATIVE),
                 )
-        weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
-        bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
+        if not HELD:
+            weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
+            bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
+        bias = by_column(bias, PLANE, BLOCK_C)
         scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C)
         mean = by_column(mean.to(DTYPE), PLANE, BLOCK_C)
         if HELD:
             write(
-                *(held, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
-                *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
-                *(stride_ri, stride_mn, stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC),
-                *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
+                *(held, r, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr),
+                *(residual_ptr, mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_mn),
+                *(stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC, CHANNELS_LAST),
+                *(BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
             )
         else:
             for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
                 exists, _ = reduced(tile, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
                 exists = c_mask[:, None] & exists[None, :]
-                x = load(
-                    *(x_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
-                    *(LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
+                x, r = load_inputs(
+                    *(x_ptr, residual_ptr, tile, c, S, exists, stride_xn, stride_xo, stride_xi),
+                    *(stride_rn, stride_ro, stride_ri, LAST, VEC, CHANNELS_LAST),
+                    *(BLOCK_N, BLOCK_S),
                 )
                 write(
-                    *(x, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr, residual_ptr),
-                    *(mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_rn, stride_ro),
-                    *(stride_ri, stride_mn, stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC),
-                    *(CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
+                    *(x, r, tile, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr),
+                    *(residual_ptr, mask_ptr, N, C, S, stride_yn, stride_yo, stride_yi, stride_mn),
+                    *(stride_ms, PRE, POST, GRAD, LAST, DTYPE, VEC, CHANNELS_LAST),
+                    *(BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
                 )
 
 

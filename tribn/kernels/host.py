@@ -235,6 +235,7 @@ class Launcher:
             "PLANE": plan.plane,
             "SLAB": plan.slab,
             "STAGES": plan.stages,
+            "LOOPS": plan.tiles_per_split > 1,
         }
         if plan.tier is not None:
             constants["BLOCK_G"] = plan.block_g(plan.mergers)

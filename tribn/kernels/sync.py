@@ -19,7 +19,7 @@ from tribn.kernels import backward, forward
 from tribn.kernels.backward import backward_dx_kernel, reduce
 from tribn.kernels.forward import store_and_track
 from tribn.kernels.host import dense, prepare
-from tribn.kernels.tile import PER_CHANNEL, merge_rows, reciprocal
+from tribn.kernels.tile import PER_CHANNEL, load_or, merge_rows, reciprocal
 from tribn.launch import Plan
 from tribn.reference import kind
 
@@ -108,9 +108,11 @@ def sync_combine_kernel(
     if CUMULATIVE:
         momentum = reciprocal(tl.load(tracked_ptr) + 1)
     var = m2 * reciprocal(count)
+    running_mean = load_or(running_mean_ptr, c, c_mask, 0.0, tl.float64)
+    running_var = load_or(running_var_ptr, c, c_mask, 0.0, tl.float64)
     store_and_track(
-        *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean_ptr),
-        *(running_var_ptr, mean_ptr, var_ptr, True, SKIP_NONFINITE, DTYPE),
+        *(count, mean, var, m2, momentum, correction, c, c_mask, running_mean, running_var),
+        *(running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, True, SKIP_NONFINITE, DTYPE),
     )
     if pid == 0:
         total = tl.max(count, 0).to(tl.int64)
