@@ -361,7 +361,7 @@ def _tile(
     # Narrow accesses hold an address for every element in registers, and small planes the numbers
     # of several channels besides: fewer elements.
     if vec * itemsize < 8:
-        per_thread //= 2 if channels_last else 4
+        per_thread //= 4
     elements = 32 * WARPS * per_thread
     if layout.plane > 1:
         block_s, block_c = 1, min(_pow2_above(C), elements, WIDEST)

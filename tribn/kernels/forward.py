@@ -633,9 +633,9 @@ def forward_kernel(
         if HELD:
             r = held
             if residual_ptr is not None:
-                exists, _ = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
+                there, _ = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
                 r = load(
-                    *(residual_ptr, first, c, S, c_mask[:, None] & exists[None, :], stride_rn),
+                    *(residual_ptr, first, c, S, c_mask[:, None] & there[None, :], stride_rn),
                     *(stride_ro, stride_ri, LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
                 )
         if MERGERS > 0:

@@ -144,9 +144,11 @@ class Launcher:
             held = [(2, HELD_PER_THREAD), (1, HELD_PER_THREAD), (1, HELD_PER_THREAD // 2)]
             plans = [single_read_plan(*of, *how) for how in held]
             plans = [plan for plan in plans if plan.tier == "registers"]
-            # Over neighbouring channels one program with a large tile beats two with smaller ones.
-            fewest = 1 if self.layout.channels_last and self.layout.plane == 1 else 2
-            plans += [single_read_plan(*of, n, 0) for n in range(4, fewest - 1, -1)]
+            large = [single_read_plan(*of, n, 0) for n in (4, 3, 2, 1)]
+            # One program with a large tile beats two with smaller ones only over neighbouring
+            # channels, and where accesses are no narrower than 8 bytes.
+            rows = self.layout.channels_last and self.layout.plane == 1
+            plans += large if rows and large[0].vec * itemsize >= 8 else large[:-1]
             plans += [single_read_plan(*of, n, 0, BYTES_PER_THREAD) for n in (3, 2, 1)]
             if self.facts.cooperative or not any(plan.waits for plan in plans):
                 return plans
