@@ -315,6 +315,16 @@ def test_waves_are_those_llvm_counts():
         assert warps_per_sm("gfx942", found.registers, found.scalars) == 4 * waves
 
 
+def test_a_residual_beside_slabs_in_registers_that_merge_in_two_steps():
+    x = tensor((8, 64, 56, 56), CHANNELS_LAST, BF16)
+    with compiling("sm_90") as compiled:
+        train_and_evaluate(x, replace(LAYER, shape=tuple(x.shape)))
+    variants = [Variant.of("sm_90", kernel) for kernel in compiled]
+    constants = next(of.constants for of in variants if of.kernel == "forward")
+    assert "HELD True" in constants
+    assert "MERGERS 32" in constants
+
+
 @pytest.fixture
 def one_dtype(monkeypatch):
     monkeypatch.setattr(codegen, "DTYPES", {"bf16": BF16})
