@@ -470,6 +470,18 @@ def test_evaluation_has_a_program_for_each_tile(shape, strides):
         assert (with_bits.block_c, with_bits.block_s) == (64, 64)
 
 
+@pytest.mark.parametrize("strides", LAYOUTS)
+def test_evaluation_of_few_elements_has_small_tiles(strides):
+    """Of one access for each thread at least, and otherwise as many as multiprocessors."""
+    tiles = {}
+    for batch in (1, 4, 16, 64):
+        plan = make_plan(layout_of((batch, 256, 16, 16), strides), 2, H100, reduces=False)
+        tiles[plan.block_n * plan.block_c * plan.block_s // (32 * plan.num_warps)] = plan.grid[0]
+    assert min(tiles) == 8
+    assert all(programs >= H100.sms for size, programs in tiles.items() if size > 8)
+    assert len(tiles) > 1
+
+
 def test_evaluation_with_narrow_accesses_takes_what_programs_there_may_be():
     layout = layout_of((128, 9, 7, 7))
     assert make_plan(layout, 2, H100, reduces=False).tiles_per_split == 1

@@ -268,10 +268,15 @@ def make_plan(
     """
     wide = not reduces and layout.channels_last and not bits  # these take registers
     per_thread = (LARGE_PER_THREAD if wide else BYTES_PER_THREAD) // itemsize
-    plan = _tile(layout, itemsize, bits, per_thread, EVALUATED // itemsize if wide else None)
-    tiles = _tiles(plan, layout)
+    widest = EVALUATED // itemsize if wide else None
+    plan = _tile(layout, itemsize, bits, per_thread, widest)
     if not reduces and plan.vec * itemsize == 16:
-        return _split(plan, layout, 1)  # the numbers of its channels are soon loaded
+        # The numbers of a program's channels are soon loaded: rather more programs than fewer.
+        while plan.channel_blocks * _tiles(plan, layout) < device.sms and per_thread > plan.vec:
+            per_thread //= 2
+            plan = _tile(layout, itemsize, bits, per_thread, widest)
+        return _split(plan, layout, 1)
+    tiles = _tiles(plan, layout)
     programs = (CTAS_PER_SM if reduces else UNREDUCED_PER_SM) * device.sms
     splits = _cdiv(programs, plan.channel_blocks)
     least = min(tiles, TILES_PER_SPLIT) if reduces else 1
