@@ -401,6 +401,16 @@ def test_planes_of_14_are_side_by_side_where_nothing_is_summed(reads, bits, plan
 
 
 @pytest.mark.parametrize(
+    ("batch", "reads", "plane"), [(20, 1, 1), (20, 2, 1), (20, None, 49), (21, 1, 49), (21, 0, 49)]
+)
+def test_planes_of_few_elements_are_one_by_one_where_they_are_summed(batch, reads, plane):
+    """Then one program has all of some channels, and waits for none."""
+    x = torch.empty(batch, 8, 7, 7, dtype=torch.bfloat16, device="meta")
+    launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=reads)
+    assert launcher.layout.plane == plane
+
+
+@pytest.mark.parametrize(
     ("message", "waits", "error"),
     [
         ("Triton Error [CUDA]: too many blocks in cooperative launch", True, host.Refused),

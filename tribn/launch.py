@@ -22,6 +22,7 @@ FEW_TILES = 12  # for each multiprocessor: one program takes them sooner than se
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 EVALUATED = 512  # bytes of a row of channels, in a large tile, where nothing is summed up
 NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
+ALONE = 1024  # elements of a channel that a program takes by itself, its plane not side by side
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
 MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower

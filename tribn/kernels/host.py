@@ -18,6 +18,7 @@ from triton.runtime import driver
 from tribn import launch
 from tribn.kernels.scratch import scratch
 from tribn.launch import (
+    ALONE,
     BYTES_PER_THREAD,
     HELD_PER_THREAD,
     NARROWEST,
@@ -363,6 +364,9 @@ def prepare(
     if launcher is None:
         # Sums over planes side by side cost more than 8-byte accesses; without them it is free.
         narrowest = RUN if reads is None and not bits else NARROWEST
+        few = like.numel() <= ALONE * like.shape[axis]
+        if reads is not None and few and plan is None:  # a plan is for the usual layout
+            narrowest = 1
         layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits, narrowest)
         launcher = Launcher(layout, dtype, device, reads, bits, plan)
         if all(a is b for a, b in zip(inputs, laid_out, strict=True)):
