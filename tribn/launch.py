@@ -364,8 +364,7 @@ def _tile(
     channels_last = layout.channels_last
     least = 8 if bits else 1  # neighbouring elements of a tile
     vec = vector(layout, channels_last, 16 // itemsize)
-    # Narrow accesses hold an address for every element in registers, and small planes the numbers
-    # of several channels besides: fewer elements.
+    # Narrow accesses hold an address for every element in registers: fewer elements.
     if vec * itemsize < 8:
         per_thread //= 4
     elements = 32 * WARPS * per_thread
