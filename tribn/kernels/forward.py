@@ -638,17 +638,16 @@ def forward_kernel(
                     *(residual_ptr, first, c, S, c_mask[:, None] & there[None, :], stride_rn),
                     *(stride_ro, stride_ri, LAST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
                 )
-        if MERGERS > 0:
-            if MERGERS > 1:
-                merged_ptr = partials_ptr + 3 * G * K
-                if member < MERGERS:
-                    one, exists = merged_by(member, slab, C, PLANE, SLAB)
-                    merged = merge_stats(partials_ptr, G, K, one, exists, BLOCK_G)
-                    store_stats(merged_ptr, one, *merged, 1, K, exists)
-                group_barrier(counter_ptr, G, member)
-                count, mean, m2 = merge_stats(merged_ptr, 1, K, k, k_mask, 1)
-            else:
-                count, mean, m2 = merge_stats(partials_ptr, G, K, k, k_mask, BLOCK_G)
+        if MERGERS > 1:
+            merged_ptr = partials_ptr + 3 * G * K
+            if member < MERGERS:
+                one, exists = merged_by(member, slab, C, PLANE, SLAB)
+                merged = merge_stats(partials_ptr, G, K, one, exists, BLOCK_G)
+                store_stats(merged_ptr, one, *merged, 1, K, exists)
+            group_barrier(counter_ptr, G, member)
+            count, mean, m2 = merge_stats(merged_ptr, 1, K, k, k_mask, 1)
+        elif MERGERS == 1:
+            count, mean, m2 = merge_stats(partials_ptr, G, K, k, k_mask, BLOCK_G)
         var = m2 * reciprocal(count)
         if member == 0:
             if not HELD:
