@@ -58,6 +58,15 @@ def test_as_accurate_as_torchs_composition(case, device):
     assert_fused_accurate(inputs, case.training, options)
 
 
+@MODES
+@pytest.mark.parametrize("batch", [20, 21])
+def test_short_planes_of_few_and_of_many_elements(batch, training, device):
+    """Which lie one by one and side by side, and so do their bits."""
+    t = Inputs.of(Case((batch, 8, 7, 7), std=3.0), device)
+    options = {"activation": "relu", "order": "norm_act", "residual": t.dy.flip(0)}
+    assert_fused_accurate(t, training, options)
+
+
 @pytest.mark.parametrize("residual", [*DTYPES, torch.int64, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtype_is_that_of_the_addition(dtype, residual, device):

@@ -135,8 +135,11 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def few_merged_at_once(monkeypatch):
+def few_are_enough(monkeypatch):
+    """To be merged in several steps, and for their planes to be seen side by side."""
     monkeypatch.setattr(launch, "MERGED_AT_ONCE", 128)
+    monkeypatch.setattr(launch, "ALONE", 0)
+    monkeypatch.setattr(host, "_launchers", {})  # those kept have been made for others
 
 
 def test_paths_merge_partials_in_every_way():

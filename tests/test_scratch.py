@@ -400,14 +400,16 @@ def test_planes_of_14_are_side_by_side_where_nothing_is_summed(reads, bits, plan
     assert launcher.layout.plane == plane
 
 
+@pytest.mark.parametrize("batch", [20, 21])
 @pytest.mark.parametrize(
-    ("batch", "reads", "plane"), [(20, 1, 1), (20, 2, 1), (20, None, 49), (21, 1, 49), (21, 0, 49)]
+    ("reads", "bits", "alone"),
+    [(1, False, 20), (2, True, 20), (0, False, 20), (None, True, 20), (None, False, 0)],
 )
-def test_planes_of_few_elements_are_one_by_one_where_they_are_summed(batch, reads, plane):
-    """Then one program has all of some channels, and waits for none."""
+def test_planes_of_few_elements_are_one_by_one_where_they_are_summed(batch, reads, bits, alone):
+    """Then one program has all of some channels, and waits for none; bits lie as these see them."""
     x = torch.empty(batch, 8, 7, 7, dtype=torch.bfloat16, device="meta")
-    launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=reads)
-    assert launcher.layout.plane == plane
+    launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=reads, bits=bits)
+    assert launcher.layout.plane == (1 if batch <= alone else 49)
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,15 @@ class Path(NamedTuple):
 
 @pytest.fixture
 def force(monkeypatch, device):
-    """Makes the launchers take a path. What they allocate, they allocate anew."""
+    """Makes the launchers take a path. What they allocate, they allocate anew.
+
+    Few elements are enough for short planes to be seen side by side.
+    """
     facts = replace(host.device_facts(torch.device(device)), cooperative=True)
     monkeypatch.setattr(host, "device_facts", lambda _: facts)
     monkeypatch.setattr(host, "_launchers", {})
     monkeypatch.setattr(scratch, "_of_streams", {})
+    monkeypatch.setattr(launch, "ALONE", 0)
 
     def force(path):
         host._launchers.clear()

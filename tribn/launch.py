@@ -106,15 +106,16 @@ def collapse(
     strides: Sequence[Sequence[int]],
     axis: int,
     mask: Sequence[int] | None = None,
-    narrowest: int = NARROWEST,
+    sums: bool = True,
 ) -> Layout | None:
     """Sees tensors of one shape, and a mask with any stride along `axis`, as (N, C, S).
 
     No element moves. Axes other than the channel `axis` may be visited in any order, since they
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
-    where all tensors allow it. Short planes that are no multiple of the `narrowest` access are seen
-    side by side, as one run of columns, unless a mask differs within them. Returns None where more
-    than two axes remain.
+    where all tensors allow it. Short planes that make narrow accesses are seen side by side, as one
+    run of columns, unless a mask differs within them; where one `sums` that costs more than 8-byte
+    accesses, and than a program that takes a channel alone. Returns None where more than two axes
+    remain.
     """
     if mask is not None:
         strides = [*strides, mask]
@@ -137,8 +138,9 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    odd = S % narrowest != 0 and C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
-    if odd and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
+    narrow = S % NARROWEST != 0 and N * S > ALONE if sums else S % RUN != 0
+    fits = C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
+    if narrow and fits and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
         return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
     return Layout(N, C, S, tuple(triples))
 

@@ -18,11 +18,8 @@ from triton.runtime import driver
 from tribn import launch
 from tribn.kernels.scratch import scratch
 from tribn.launch import (
-    ALONE,
     BYTES_PER_THREAD,
     HELD_PER_THREAD,
-    NARROWEST,
-    RUN,
     Device,
     Layout,
     Plan,
@@ -58,7 +55,7 @@ def lay_out(
     inputs: Sequence[Tensor | None],
     mask: Tensor | None,
     rows: bool = False,
-    narrowest: int = NARROWEST,
+    sums: bool = True,
 ) -> tuple[Layout, list[Tensor | None], Tensor | None]:
     """Tensors of the shape of `like`, which is dense, seen as (N, C, S) along with it.
 
@@ -69,7 +66,7 @@ def lay_out(
     def collapsed() -> Layout | None:
         strides = [(like if t is None else t).stride() for t in inputs]
         around = None if mask is None else mask.unsqueeze(axis).stride()
-        layout = collapse(like.shape, [like.stride(), *strides], axis, around, narrowest)
+        layout = collapse(like.shape, [like.stride(), *strides], axis, around, sums)
         if rows and layout is not None:
             own = runs(like.shape, like.stride(), axis, mask is not None)
             return layout if (own.N, own.S) == (layout.N, layout.S) else None
@@ -362,12 +359,8 @@ def prepare(
         key += (None,) if t is None else (t.stride(), t.data_ptr() % 16 == 0)
     launcher = _launchers.get(key)
     if launcher is None:
-        # Sums over planes side by side cost more than 8-byte accesses; without them it is free.
-        narrowest = RUN if reads is None and not bits else NARROWEST
-        few = like.numel() <= ALONE * like.shape[axis]
-        if reads is not None and few and plan is None:  # a plan is for the usual layout
-            narrowest = 1
-        layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits, narrowest)
+        sums = reads is not None or bits  # bits lie as those that sum up see them
+        layout, laid_out, mask_laid_out = lay_out(axis, like, inputs, mask, bits, sums)
         launcher = Launcher(layout, dtype, device, reads, bits, plan)
         if all(a is b for a, b in zip(inputs, laid_out, strict=True)):
             if len(_launchers) >= MOST_LAUNCHERS:
