@@ -36,19 +36,20 @@ lint: .venv/stamp  ## check style and types
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-# No venv: a GPU machine's own python3 has the PyTorch that matches its driver. Test files run side by
-# side, since kernels are compiled on the host, and one pytest skips whole is no failure (5); what they
-# find does not keep the benchmark, which has a correctness gate of its own, from leaving its results.
+# No venv: a GPU machine's own python3 has the PyTorch that matches its driver, and may have a plugin,
+# pytest-benchmark, that does not go with pytest-xdist. Kernels are compiled on the host, which tests and
+# benchmark do on all its processors. What the tests find does not keep the benchmark, which has a
+# correctness gate of its own, from leaving its results.
 gpu: export OUT := $(or $(OUT),perf/results)
 gpu:  ## test and benchmark on a GPU with the packages of PYTHON; results go to OUT
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device here")'
 	@mkdir -p "$$OUT"
 	@echo "Running the tests; their output goes to $$OUT/tests.log"
-	@status=0; ls tests/test_*.py | timeout 300 xargs -P 8 -I {} \
-	  sh -c '$(PYTHON) -m pytest -q {} || [ $$? -eq 5 ]' >"$$OUT/tests.log" 2>&1 || status=$$?; \
-	  grep -E '^(FAILED|ERROR)| (passed|failed|errors?) in ' "$$OUT/tests.log"; \
+	@status=0; OMP_NUM_THREADS=1 timeout --signal INT --kill-after 20 300 \
+	  $(PYTHON) -m pytest -n auto -p no:benchmark >"$$OUT/tests.log" 2>&1 || status=$$?; \
+	  grep -E '^(FAILED|ERROR)|(passed|failed|errors?).* in ' "$$OUT/tests.log"; \
 	  echo "tests: exit code $$status (124: not done in 300 s)"; \
-	  $(PYTHON) -m perf bench --out "$$OUT" && \
+	  $(PYTHON) -m perf bench --jobs "$$(nproc)" --out "$$OUT" && \
 	  $(PYTHON) -m perf plot --out "$$OUT" "$$OUT"/bench-*.json && exit $$status
 
 sanitize: export PYTHONPATH := $(CURDIR)

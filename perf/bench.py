@@ -13,10 +13,10 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from functools import partial
+from itertools import accumulate, islice, product
 from statistics import median, quantiles
 from typing import Any
 
@@ -29,6 +29,7 @@ from rich.table import Table
 from perf.cases import DIRECTIONS, DTYPES, LAYOUTS, NETS, OPS, SETS, Layer, layers
 from perf.clocks import CLOCKS, Call, Sampler, launched, samplers, sets_of_inputs
 from perf.gate import Case, Inputs, check, described
+from perf.jobs import measuring, release
 from perf.providers import PROVIDERS
 from perf.report import (
     Report,
@@ -43,6 +44,7 @@ from perf.report import (
 
 ROUNDS, FEWEST_ROUNDS = 12, 5  # samples of each clock
 PATIENCE = 10.0  # seconds of sampling, after which the fewest are enough
+PROCESS_BYTES = 1_000_000_000  # of GPU memory, for a job's context and compiled kernels
 COPY = "copy"  # of the input: direction and provider of what bandwidths are compared with
 
 Row = dict[str, Any]
@@ -53,8 +55,16 @@ Calls = dict[str, dict[str, list[Call]]]  # by provider and direction, on each s
 # Measuring a case
 
 
-def measure(case: Case, names: Sequence[str], device: str, report: Report) -> None:
-    """Adds to the report the case's rows, problems and launched kernels."""
+def attempt(case: Case, report: Report, names: Sequence[str], device: str) -> Iterator[None]:
+    """`measure`; what it raises is a problem of the case: others are worth their file."""
+    try:
+        yield from measure(case, report, names, device)
+    except Exception as error:
+        report["problems"].append(problem(case, None, error))
+
+
+def measure(case: Case, report: Report, names: Sequence[str], device: str) -> Iterator[None]:
+    """Adds to the report the case's rows, problems and launched kernels; yields before it times."""
     nbytes = case.layer.elements * case.itemsize
     sets = [Inputs.random(case, device) for _ in range(sets_of_inputs(nbytes, device))]
     calls: Calls = {COPY: {COPY: [inputs.x.detach().clone for inputs in sets]}}
@@ -63,12 +73,14 @@ def measure(case: Case, names: Sequence[str], device: str, report: Report) -> No
         try:
             function = PROVIDERS[name].build(case.layer)
             check(function, case, sets[0])
+            release()
             on_sets = [inputs.calls(function) for inputs in sets]
             timed = {direction: [on[direction] for on in on_sets] for direction in DIRECTIONS}
             clocks[name] = samplers(timed, nbytes, device)
             calls[name] = timed
         except Exception as error:  # a rival that does not run here is a result, not a failure
             report["problems"].append(problem(case, name, error))
+    yield
     samples = sample(
         {
             (direction, clock, name): sampler
@@ -303,6 +315,13 @@ def parser(device: str) -> argparse.ArgumentParser:
             help=f"of {', '.join(choices)} ({' '.join(default)})",
         )
     parser.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="prepare so many layers at once, in processes; they are timed in turn (%(default)s)",
+    )
+    parser.add_argument(
         "--seconds",
         type=count,
         default=200,
@@ -360,18 +379,41 @@ def run(
 ) -> None:
     """Measures the pending cases, as far as the time allows."""
     deadline = time.perf_counter() + arguments.seconds
-    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
-    with stream, Progress(console=console) as progress:
+    measure = partial(attempt, names=arguments.providers, device=device)
+    with (
+        Progress(console=console) as progress,
+        measuring(arguments.jobs, measure, device) as measured,
+    ):
         task = progress.add_task("", total=len(pending))
         while pending and time.perf_counter() < deadline:
-            case = pending[0]
-            progress.update(task, description=str(case))
-            try:
-                measure(case, arguments.providers, device, report)
-            except Exception as error:  # the cases before it are worth their file
-                report["problems"].append(problem(case, None, error))
-            pending.popleft()
-            progress.advance(task)
+            cases = together(pending, arguments, device)
+            more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
+            progress.update(task, description=f"{cases[0]}{more}")
+            for case, found in zip(cases, measured(cases), strict=True):
+                if found is None:
+                    error = ChildProcessError("the process that measured it has ended")
+                    found = {"problems": [problem(case, None, error)]}
+                for name, rows in found.items():
+                    report[name] += rows
+                pending.popleft()
+                progress.advance(task)
+
+
+def together(pending: Iterable[Case], arguments: argparse.Namespace, device: str) -> list[Case]:
+    """The first cases, one for each job, of which all fit on the device; or one."""
+    cases = list(islice(pending, arguments.jobs))
+    if device == "cuda" and len(cases) > 1:
+        free = torch.cuda.mem_get_info()[0] - arguments.jobs * PROCESS_BYTES
+        taken = accumulate(footprint(case, len(arguments.providers), device) for case in cases)
+        cases = cases[: max(1, sum(nbytes <= free for nbytes in taken))]
+    return cases
+
+
+def footprint(case: Case, providers: int, device: str) -> int:
+    """About the bytes of GPU memory that a case takes: in the gate, or with all its graphs."""
+    nbytes = case.layer.elements * case.itemsize
+    graphs = (3 + 5 * providers) * sets_of_inputs(nbytes, device) * nbytes
+    return max(graphs, 12 * 8 * case.layer.elements)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import cycle, islice
 from typing import Any
 
@@ -42,7 +42,7 @@ def sets_of_inputs(nbytes: int, device: str) -> int:
 def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> dict[Any, Sampler]:
     """By (direction, clock): samplers of calls on every set of inputs, `nbytes` each.
 
-    On a GPU, the current stream must be one that can be captured: not the default one.
+    On a GPU, the current stream must be `capturable`.
     """
     found: dict[Any, Sampler] = {}
     if device == "cuda":
@@ -55,6 +55,11 @@ def samplers(calls: Mapping[str, Sequence[Call]], nbytes: int, device: str) -> d
     for direction, sets in calls.items():
         found[direction, "wall"] = Wall(sets[0], device)
     return found
+
+
+def capturable(device: str) -> AbstractContextManager[Any]:
+    """Makes another than the default stream the current one, on a GPU: that one is not captured."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
 
 
 @contextmanager

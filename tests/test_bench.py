@@ -173,7 +173,8 @@ def measuring(monkeypatch, actions):
     """Replaces the measuring of cases by one row each and then an action."""
     left = deque(actions)
 
-    def measure(case, names, device, report):
+    def measure(case, report, names, device):
+        yield
         left.popleft()()
         report["rows"] += bench.rows(case, samples())
 
@@ -232,6 +233,38 @@ def test_no_case_starts_after_the_time(run, monkeypatch):
         "layout": "channels-last",
         "dtype": "fp32",
     }
+
+
+def test_jobs_measure_the_same_cases(run):
+    report = run(*TINY, "--jobs", "2", "--dtypes", "fp32", "bf16", "fp16")
+    assert report["problems"] == report["left_out"] == []
+    cases = [(row["dtype"], row["layout"]) for row in report["rows"][:: 2 * len(DIRECTIONS) + 1]]
+    layouts = "channels-first", "channels-last"
+    assert cases == [(dtype, lay) for lay in layouts for dtype in ("fp32", "bf16", "fp16")]
+    assert len(report["summary"]) == 3 * 16
+
+
+def test_a_process_that_has_ended_is_a_problem_of_its_case(run, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measuring", lambda *_: nullcontext(lambda cases: [None]))
+    report = run(*TINY, code="tribn was timed on nothing")
+    assert [problem["layout"] for problem in report["problems"]] == [
+        "channels-first",
+        "channels-last",
+    ]
+    assert "inputs: ChildProcessError: the process that" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("free", "number"), [(11e9, 3), (10e9, 2), (8e9, 1), (1e9, 1)])
+def test_together_are_cases_that_fit_on_the_device(free, number, monkeypatch):
+    """Four sets of 50 MB are 2.6 GB with the graphs of two providers; a process takes 1 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(9e12)))
+    monkeypatch.setattr(bench, "sets_of_inputs", lambda nbytes, device: 4)
+    arguments = SimpleNamespace(jobs=3, providers=["tribn"] * 2)
+    case = Case(Layer((25, 1000, 1000)), "channels-first", "bf16")
+    pending = deque([case] * 5)
+    assert bench.footprint(case, 2, "cuda") == 13 * 4 * 50_000_000
+    assert bench.together(pending, arguments, "cuda") == [case] * number
+    assert bench.together(pending, arguments, "cpu") == [case] * 3
 
 
 # Cases
@@ -434,7 +467,8 @@ def test_measuring_on_a_gpu_asks_for_every_clock_and_the_kernels(monkeypatch):
     monkeypatch.setattr(bench, "samplers", samplers)
     monkeypatch.setattr(bench, "launched", launched)
     report = empty()
-    bench.measure(CASE, ["tribn", "eager"], "cuda", report)
+    for _ in bench.measure(CASE, report, ["tribn", "eager"], "cuda"):
+        assert not report["rows"]
     assert not report["problems"]
     assert len(report["rows"]) == 3 * (1 + 2 * len(DIRECTIONS))
     assert {row["clock"] for row in report["rows"]} == set(clocks.CLOCKS)
@@ -459,7 +493,8 @@ def test_a_gpu_is_what_is_measured_if_there_is_one(monkeypatch, tmp_path, capsys
         monkeypatch.setattr(torch.cuda, name, value)
     devices = set()
 
-    def measure(case, names, device, report):
+    def measure(case, report, names, device):
+        yield
         devices.add(device)
         report["rows"] += bench.rows(case, samples("cold") | samples("wall"))
         report["kernels"].append(bench.labels(case) | {"provider": "tribn", "kernels": {"k": 1}})
@@ -498,6 +533,7 @@ def test_every_op_can_be_measured():
     for op, layer in OPS.items():
         report = empty()
         case = Case(Layer((3, 4, 5), layer.activation, layer.residual), "channels-last", "fp32")
-        bench.measure(case, ["tribn", "eager"], "cpu", report)
+        for _ in bench.measure(case, report, ["tribn", "eager"], "cpu"):
+            assert not report["rows"]
         assert not report["problems"]
         assert {row["op"] for row in report["rows"]} == {op}
