@@ -361,7 +361,7 @@ def assert_fits(layout, itemsize, device, inputs, bits):
         assert tiles < 2**31
         assert plan.channel_blocks == -(-layout.C // plan.slab)
         assert 1 <= plan.groups <= plan.channel_blocks
-        assert plan.grid == (plan.groups * plan.splits,)
+        assert plan.grid == (plan.groups * plan.splits, 1, 1)
         # all at the same time
         assert plan.grid[0] <= programs * device.sms
         assert plan.waits == (plan.splits > 1)
@@ -464,7 +464,7 @@ def test_slabs_in_registers_take_one_round():
     layout = layout_of((128, 192, 7, 7), channels_last, 3)
     by_programs = single_read_plans(layout, 2, H100, 2)
     assert by_programs[2].tier == "registers"
-    assert by_programs[2].grid == (150,)
+    assert by_programs[2].grid == (150, 1, 1)
     assert by_programs[1].tier == "l2"
 
 

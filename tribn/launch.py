@@ -5,7 +5,7 @@ Standard library only, so that every plan can be computed, printed and tested on
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 # perf/NOTES.md has what was measured of these on an H100.
@@ -206,9 +206,9 @@ class Plan:
         """Of a block."""
         return self.slab // self.plane
 
-    @property
-    def grid(self) -> tuple[int]:
-        return ((self.groups or self.channel_blocks) * self.splits,)
+    @cached_property
+    def grid(self) -> tuple[int, int, int]:
+        return (self.groups or self.channel_blocks) * self.splits, 1, 1
 
     @property
     def waits(self) -> bool:

@@ -29,6 +29,7 @@ from tribn.launch import (
     single_read_plan,
 )
 
+INTERPRETED: bool = knobs.runtime.interpret  # are kernels, from their import on
 # Few programs, yet several for each block of channels. They run one after another.
 INTERPRETER = Device(2, l2=2**20, registers=2**18, shared=2**16, threads=2048, cooperative=False)
 MOST_LAUNCHERS = 4096  # to keep
@@ -214,7 +215,7 @@ class Launcher:
                 room = None, torch.int32
             elif plan.tier is not None:
                 kept = kept._replace(sizes=(*kept.sizes, None, None))
-            if knobs.runtime.interpret:
+            if INTERPRETED:
                 break
             compiled = build(kernel, kept, (*tensors, *numbers, *kept.sizes, *room), self.facts)
             kept = kept._replace(kernel=compiled)
@@ -302,18 +303,18 @@ def start(
     sizes: Sequence[float | None],
     room: Sequence[Tensor | None],
 ) -> None:
-    kernel, grid = kept.kernel, (*kept.plan.grid, 1, 1)
+    kernel, grid = kept.kernel, kept.plan.grid
     if launch.launches is not None:
-        registers = None if knobs.runtime.interpret else needs(kernel)[0]
+        registers = None if INTERPRETED else needs(kernel)[0]
         args = (*tensors, *sizes, *room, *kept.constants)
         launch.launches.append((kept, registers, args))
-    if knobs.runtime.interpret:
+    if INTERPRETED:
         waits = kept.plan.waits
         kernel[grid](*tensors, *sizes, *room, *kept.constants, launch_cooperative_grid=waits)
         return
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    runtime = knobs.runtime
     try:
-        if enter.calls or leave.calls:  # a profiler's
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler's
             kernel[grid](*tensors, *sizes, *room, *kept.constants)
             return
         # Hooks that do nothing, and tensors instead of addresses, take as long as all else.
