@@ -379,14 +379,18 @@ def run(
 ) -> None:
     """Measures the pending cases, as far as the time allows."""
     deadline = time.perf_counter() + arguments.seconds
-    measure = partial(attempt, names=arguments.providers, device=device)
-    with (
-        Progress(console=console) as progress,
-        measuring(arguments.jobs, measure, device) as measured,
-    ):
+    names, jobs = arguments.providers, min(arguments.jobs, len(pending))
+    measure = partial(attempt, names=names, device=device)
+    room = math.inf
+    if device == "cuda":
+        room = torch.cuda.mem_get_info()[0] - jobs * PROCESS_BYTES
+    with Progress(console=console) as progress, measuring(jobs, measure, device) as measured:
         task = progress.add_task("", total=len(pending))
         while pending and time.perf_counter() < deadline:
-            cases = together(pending, arguments, device)
+            cases = list(islice(pending, jobs))
+            if len(cases) > 1:
+                taken = accumulate(footprint(case, len(names), device) for case in cases)
+                cases = cases[: max(1, sum(nbytes <= room for nbytes in taken))]
             more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
             progress.update(task, description=f"{cases[0]}{more}")
             for case, found in zip(cases, measured(cases), strict=True):
@@ -399,20 +403,10 @@ def run(
                 progress.advance(task)
 
 
-def together(pending: Iterable[Case], arguments: argparse.Namespace, device: str) -> list[Case]:
-    """The first cases, one for each job, of which all fit on the device; or one."""
-    cases = list(islice(pending, arguments.jobs))
-    if device == "cuda" and len(cases) > 1:
-        free = torch.cuda.mem_get_info()[0] - arguments.jobs * PROCESS_BYTES
-        taken = accumulate(footprint(case, len(arguments.providers), device) for case in cases)
-        cases = cases[: max(1, sum(nbytes <= free for nbytes in taken))]
-    return cases
-
-
 def footprint(case: Case, providers: int, device: str) -> int:
     """About the bytes of GPU memory that a case takes: in the gate, or with all its graphs."""
     nbytes = case.layer.elements * case.itemsize
-    graphs = (3 + 5 * providers) * sets_of_inputs(nbytes, device) * nbytes
+    graphs = (3 + 7 * providers) * sets_of_inputs(nbytes, device) * nbytes
     return max(graphs, 12 * 8 * case.layer.elements)
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 of_no_kernel()
 pytest.importorskip("rich")
 
+from rich.console import Console
+
 from perf import bench, clocks
 from perf.__main__ import main
 from perf.bench import COPY
@@ -254,17 +256,25 @@ def test_a_process_that_has_ended_is_a_problem_of_its_case(run, monkeypatch, cap
     assert "inputs: ChildProcessError: the process that" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("free", "number"), [(11e9, 3), (10e9, 2), (8e9, 1), (1e9, 1)])
-def test_together_are_cases_that_fit_on_the_device(free, number, monkeypatch):
-    """Four sets of 50 MB are 2.6 GB with the graphs of two providers; a process takes 1 GB."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(9e12)))
+@pytest.mark.parametrize(
+    ("free", "together"), [(14, [3, 2]), (13, [2, 2, 1]), (9, [1] * 5), (1, [1] * 5)]
+)
+def test_as_many_cases_are_prepared_together_as_fit_on_the_device(free, together, monkeypatch):
+    """Four sets of 50 MB are 3.4 GB with the graphs of two providers; a process takes 1 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 1e9), int(9e12)))
     monkeypatch.setattr(bench, "sets_of_inputs", lambda nbytes, device: 4)
-    arguments = SimpleNamespace(jobs=3, providers=["tribn"] * 2)
     case = Case(Layer((25, 1000, 1000)), "channels-first", "bf16")
-    pending = deque([case] * 5)
-    assert bench.footprint(case, 2, "cuda") == 13 * 4 * 50_000_000
-    assert bench.together(pending, arguments, "cuda") == [case] * number
-    assert bench.together(pending, arguments, "cpu") == [case] * 3
+    assert bench.footprint(case, 2, "cuda") == 17 * 4 * 50_000_000
+    seen = []
+
+    def measured(cases):
+        seen.append(len(cases))
+        return [empty()] * len(cases)
+
+    monkeypatch.setattr(bench, "measuring", lambda *_: nullcontext(measured))
+    arguments = SimpleNamespace(jobs=3, providers=["tribn"] * 2, seconds=9)
+    bench.run(deque([case] * 5), arguments, "cuda", empty(), Console())
+    assert seen == together
 
 
 # Cases
@@ -487,6 +497,7 @@ def test_a_gpu_is_what_is_measured_if_there_is_one(monkeypatch, tmp_path, capsys
     for name, value in {
         "is_available": lambda: True,
         "get_device_name": lambda: "Test GPU",
+        "mem_get_info": lambda: (10**10, 10**11),
         "Stream": lambda: "a stream",
         "stream": lambda stream: nullcontext(stream),
     }.items():
