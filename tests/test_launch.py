@@ -140,19 +140,18 @@ SUMMED, COPIED = True, False
 @pytest.mark.parametrize(
     ("shape", "gap", "side_by_side"),
     [
-        ((32, 8, 7, 7), 0, {SUMMED, COPIED}),
-        ((64, 4, 6, 3), 0, {SUMMED, COPIED}),
-        ((400, 8, 1, 3), 0, {SUMMED, COPIED}),
-        ((1, 16, 3, 1), 0, {COPIED}),
-        # for sums not where 8-byte accesses fit, or a program has a channel alone
-        ((32, 8, 14, 14), 0, {COPIED}),
-        ((32, 2, 6, 6), 0, {COPIED}),
-        ((20, 8, 7, 7), 0, {COPIED}),
+        ((33, 8, 7, 7), 0, {SUMMED, COPIED}),
+        ((65, 4, 6, 3), 0, {SUMMED, COPIED}),
+        ((1, 16, 3, 1), 0, {SUMMED, COPIED}),
+        # for sums not where 8-byte accesses fit, or a program has a channel by itself
+        ((33, 8, 14, 14), 0, {COPIED}),
+        ((65, 2, 6, 6), 0, {COPIED}),
+        ((32, 8, 7, 7), 0, {COPIED}),
         # never where they are aligned, or remain unaligned, or are long
-        ((128, 8, 4, 4), 0, set()),
-        ((32, 9, 7, 7), 0, set()),
-        ((32, 8, 7, 7), 4, set()),
-        ((32, 8, 15, 15), 0, set()),
+        ((129, 8, 4, 4), 0, set()),
+        ((33, 9, 7, 7), 0, set()),
+        ((33, 8, 7, 7), 4, set()),
+        ((33, 8, 15, 15), 0, set()),
     ],
 )
 def test_short_planes_side_by_side(shape, gap, side_by_side):
@@ -168,12 +167,20 @@ def test_short_planes_side_by_side(shape, gap, side_by_side):
             assert layout == Layout(N, C, S, ((outer, S, 1),))
 
 
+@pytest.mark.parametrize("shape", [(32, 512, 7, 7), (8, 512, 7, 7), (16, 40, 11, 11), (1, 9, 2047)])
+def test_a_program_takes_odd_planes_of_few_elements_by_itself(shape):
+    for itemsize, inputs in itertools.product((2, 4, 8), (1, 2)):
+        plan = single_read_plan(layout_of(shape, tensors=inputs + 1), itemsize, H100, inputs)
+        assert (plan.tier, plan.plane, plan.splits) == ("registers", 1, 1)
+        assert plan.block_c * plan.block_s * itemsize >= 32 or plan.block_c >= shape[1]
+
+
 def test_planes_apart_or_under_a_mask_are_not_side_by_side():
     strides = (392, 49, 7, 1)
-    masked = collapse((32, 8, 7, 7), [strides], 1, (49, 0, 7, 1))
-    assert masked == Layout(32, 8, 49, ((392, 49, 1),), (49, 1))
-    apart = collapse((32, 8, 7, 7), [(400, 50, 7, 1)], 1)
-    assert apart == Layout(32, 8, 49, ((400, 50, 1),))
+    masked = collapse((33, 8, 7, 7), [strides], 1, (49, 0, 7, 1))
+    assert masked == Layout(33, 8, 49, ((392, 49, 1),), (49, 1))
+    apart = collapse((33, 8, 7, 7), [(400, 50, 7, 1)], 1)
+    assert apart == Layout(33, 8, 49, ((400, 50, 1),))
 
 
 def test_what_no_strides_can_express():

@@ -400,10 +400,10 @@ def test_planes_of_14_are_side_by_side_where_nothing_is_summed(reads, bits, plan
     assert launcher.layout.plane == plane
 
 
-@pytest.mark.parametrize("batch", [20, 21])
+@pytest.mark.parametrize("batch", [32, 33])
 @pytest.mark.parametrize(
     ("reads", "bits", "alone"),
-    [(1, False, 20), (2, True, 20), (0, False, 20), (None, True, 20), (None, False, 0)],
+    [(1, False, 32), (2, True, 32), (0, False, 32), (None, True, 32), (None, False, 0)],
 )
 def test_planes_of_few_elements_are_one_by_one_where_they_are_summed(batch, reads, bits, alone):
     """Then one program has all of some channels, and waits for none; bits lie as these see them."""
@@ -425,10 +425,10 @@ def test_what_counts_as_refused(message, waits, error, monkeypatch):
     def launch(*args):
         raise RuntimeError(message)
 
-    monkeypatch.setattr(host.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     monkeypatch.setattr(host, "driver", Mock())
     kernel = SimpleNamespace(run=launch, function=None, packed_metadata=None)
-    plan = SimpleNamespace(grid=(7,), waits=waits)
+    plan = SimpleNamespace(grid=(7, 1, 1), waits=waits)
     kept = SimpleNamespace(kernel=kernel, plan=plan, constants=())
     with pytest.raises(RuntimeError) as raised:
         host.start(kept, (), (), ())

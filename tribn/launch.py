@@ -22,7 +22,10 @@ FEW_TILES = 12  # for each multiprocessor: one program takes them sooner than se
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 EVALUATED = 512  # bytes of a row of channels, in a large tile, where nothing is summed up
 NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
-ALONE = 1024  # elements of a channel that a program takes by itself, its plane not side by side
+ALONE = (
+    2048  # elements of a tile for one channel, which a program takes by itself, not side by side
+)
+SECTOR = 32  # bytes that memory moves at least
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
 MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower
@@ -114,8 +117,8 @@ def collapse(
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
     where all tensors allow it. Short planes that make narrow accesses are seen side by side, as one
     run of columns, unless a mask differs within them; where one `sums` that costs more than 8-byte
-    accesses, and than a program that takes a channel alone. Returns None where more than two axes
-    remain.
+    accesses, and than a program that takes a channel by itself. Returns None where more than two
+    axes remain.
     """
     if mask is not None:
         strides = [*strides, mask]
@@ -138,7 +141,7 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    narrow = S % NARROWEST != 0 and N * S > ALONE if sums else S % RUN != 0
+    narrow = S % NARROWEST != 0 and not _alone(N, S) if sums else S % RUN != 0
     fits = C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
     if narrow and fits and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
         return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
@@ -323,6 +326,13 @@ def single_read_plan(
         if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= programs):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
+    few = _alone(layout.N, layout.S) and not any(plan.splits == 1 for plan in held)
+    widest = narrow(64) if few and not layout.channels_last else 1
+    while widest > 1:
+        widest //= 2
+        plan = _tile(layout, itemsize, bits, per_thread // 2, widest)
+        if _tiles(plan, layout) == 1:
+            held.append(_split(plan, layout, 1))
     if held:
         # A program that has its channels to itself needs no one; else the more of them the better.
         plan = next((plan for plan in held if plan.splits == 1), held[0])
@@ -394,6 +404,11 @@ def _tile(
         num_warps=max(1, block_n * block_c * block_s // (32 * per_thread)),
         plane=layout.plane,
     )
+
+
+def _alone(N: int, S: int) -> bool:
+    """Whether a program takes planes of channels with so few elements by itself, one by one."""
+    return _pow2_above(N) * _pow2_above(S) <= ALONE and 2 * S >= SECTOR
 
 
 def _tiles(plan: Plan, layout: Layout) -> int:

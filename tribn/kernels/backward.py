@@ -58,12 +58,17 @@ def constants(
     DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PLANE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """1 / std of each channel, and mean, scale and bias of each column."""
-    mean = by_column(load_or(mean_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
-    rstd = reciprocal_std(load_or(var_ptr, k, k_mask, 1.0, DTYPE), eps, DTYPE)
-    scale = by_column(load_or(weight_ptr, k, k_mask, 1.0, DTYPE) * rstd, PLANE, BLOCK_C)
-    return rstd, mean, scale, by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
+    mean = load_or(mean_ptr, k, k_mask, 0.0, DTYPE)
+    var = load_or(var_ptr, k, k_mask, 1.0, DTYPE)
+    weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
+    bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
+    rstd = reciprocal_std(var, eps, DTYPE)
+    scale = by_column(weight * rstd, PLANE, BLOCK_C, RUN)
+    mean = by_column(mean, PLANE, BLOCK_C, RUN)
+    return rstd, mean, scale, by_column(bias, PLANE, BLOCK_C, RUN)
 
 
 @triton.jit
@@ -273,6 +278,8 @@ def backward_reduce_kernel(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -286,6 +293,10 @@ def backward_reduce_kernel(
     is written in the same pass.
     Grid: (channel blocks * G,).
     """
+    if ALIKE:  # their offsets are computed once
+        stride_xn, stride_xo, stride_xi = stride_dxn, stride_dxo, stride_dxi
+        stride_dyn, stride_dyo, stride_dyi = stride_dxn, stride_dxo, stride_dxi
+        stride_rn, stride_ro, stride_ri = stride_dxn, stride_dxo, stride_dxi
     pid = tl.program_id(0)
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
@@ -293,7 +304,7 @@ def backward_reduce_kernel(
     k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     rstd, mean, scale, bias = constants(
-        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
+        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE, RUN
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     sum_g = fold(tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE), VEC, CHANNELS_LAST)
@@ -334,8 +345,8 @@ def backward_reduce_kernel(
                 *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
             )
             store(at, dx, mask, "")
-    sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB)
-    sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB)
+    sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB, RUN)
+    sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB, RUN)
     K = C // PLANE
     results = (sums_ptr, dweight_ptr, dbias_ptr)
     if partials_ptr is None:
@@ -487,6 +498,8 @@ def backward_dx_kernel(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -500,6 +513,10 @@ def backward_dx_kernel(
     the reverse of `backward_reduce_kernel`'s order: what it read last may still be in the cache.
     Grid: (channel blocks * G,).
     """
+    if ALIKE:  # their offsets are computed once
+        stride_xn, stride_xo, stride_xi = stride_dxn, stride_dxo, stride_dxi
+        stride_dyn, stride_dyo, stride_dyi = stride_dxn, stride_dxo, stride_dxi
+        stride_rn, stride_ro, stride_ri = stride_dxn, stride_dxo, stride_dxi
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
@@ -507,7 +524,7 @@ def backward_dx_kernel(
     k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     rstd, mean, scale, bias = constants(
-        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
+        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE, RUN
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     offset, slope = mean, mean
@@ -515,7 +532,8 @@ def backward_dx_kernel(
         sum_g = tl.load(sums_ptr + (1 + k), k_mask, other=0.0)
         sum_g_x = tl.load(sums_ptr + (1 + C // PLANE + k), k_mask, other=0.0)
         offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE, DTYPE)
-        offset, slope = by_column(offset, PLANE, BLOCK_C), by_column(slope, PLANE, BLOCK_C)
+        offset = by_column(offset, PLANE, BLOCK_C, RUN)
+        slope = by_column(slope, PLANE, BLOCK_C, RUN)
     for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         dy, x, more = load_inputs(
             *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
@@ -583,6 +601,8 @@ def backward_kernel(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -594,6 +614,10 @@ def backward_kernel(
 
     Groups, visits and grid are those of `forward_kernel`.
     """
+    if ALIKE:  # their offsets are computed once
+        stride_xn, stride_xo, stride_xi = stride_dxn, stride_dxo, stride_dxi
+        stride_dyn, stride_dyo, stride_dyi = stride_dxn, stride_dxo, stride_dxi
+        stride_rn, stride_ro, stride_ri = stride_dxn, stride_dxo, stride_dxi
     groups = tl.num_programs(0) // G
     group = tl.program_id(0) // G
     member = tl.program_id(0) % G
@@ -610,7 +634,7 @@ def backward_kernel(
                 *(stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
             )
         rstd, mean, scale, bias = constants(
-            k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE
+            k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE, RUN
         )
         if HELD:
             sum_g, sum_g_x = terms(
@@ -635,8 +659,8 @@ def backward_kernel(
                 )
                 sum_g += g
                 sum_g_x += g_x
-        sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB)
-        sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB)
+        sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB, RUN)
+        sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB, RUN)
         if MERGERS > 0:
             counter_ptr = counters_ptr + (1 + group).to(tl.int64)
             at = member.to(tl.int64) * K + k
@@ -656,7 +680,8 @@ def backward_kernel(
         if member == 0:
             store_grads(sum_g, sum_g_x, rstd, k, k_mask, dweight_ptr, dbias_ptr)
         offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE, DTYPE)
-        offset, slope = by_column(offset, PLANE, BLOCK_C), by_column(slope, PLANE, BLOCK_C)
+        offset = by_column(offset, PLANE, BLOCK_C, RUN)
+        slope = by_column(slope, PLANE, BLOCK_C, RUN)
         if HELD:
             write(
                 *(dy, x, more, first, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr),

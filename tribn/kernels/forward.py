@@ -72,6 +72,7 @@ def split_stats(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -103,9 +104,9 @@ def split_stats(
     if PRE is not None:
         x = PRE(x, p, q)
     share = 1.0 / (PLANE * tl.maximum(tl.sum(valid.to(tl.int32), 0), 1)).to(DTYPE)
-    shift = sum_lanes(tl.where(valid[None, :], x * share, 0.0), DTYPE, PLANE, SLAB)
+    shift = sum_lanes(tl.where(valid[None, :], x * share, 0.0), DTYPE, PLANE, SLAB, 1)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-    shift_c = by_column(shift, PLANE, BLOCK_C)
+    shift_c = by_column(shift, PLANE, BLOCK_C, 1)
 
     if HELD:
         deviation = tl.where(valid[None, :], x - shift_c[:, None], 0.0)
@@ -146,9 +147,9 @@ def split_stats(
     if mask_ptr is not None:
         count = tl.sum(count.to(tl.int64), 0)
     n_g = count.to(tl.float64) * PLANE
-    total_g = sum_lanes(total, tl.float64, PLANE, SLAB)
+    total_g = sum_lanes(total, tl.float64, PLANE, SLAB, RUN)
     offset = total_g * reciprocal(n_g)
-    m2 = sum_lanes(square, tl.float64, PLANE, SLAB)
+    m2 = sum_lanes(square, tl.float64, PLANE, SLAB, RUN)
     # Infinity stays, or is NaN like the variance about a mean that is neither.
     m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2 + (offset - offset))
     mean = shift.to(tl.float64) + offset
@@ -272,6 +273,7 @@ def stats_kernel(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -291,7 +293,7 @@ def stats_kernel(
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     count, mean, m2, _ = split_stats(
         *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
-        *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST),
+        *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST, RUN),
         *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
     )
     k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
@@ -480,6 +482,8 @@ def normalize_kernel(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -495,6 +499,9 @@ def normalize_kernel(
     LOOPS a program has more than one tile.
     Grid: (channel blocks * G,).
     """
+    if ALIKE:  # their offsets are computed once
+        stride_xn, stride_xo, stride_xi = stride_yn, stride_yo, stride_yi
+        stride_rn, stride_ro, stride_ri = stride_yn, stride_yo, stride_yi
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
@@ -511,9 +518,9 @@ def normalize_kernel(
     mean = load_or(mean_ptr, k, k_mask, 0.0, DTYPE)
     var = load_or(var_ptr, k, k_mask, 1.0, DTYPE)
     weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
-    bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C)
-    scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C)
-    mean = by_column(mean, PLANE, BLOCK_C)
+    bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C, RUN)
+    scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C, RUN)
+    mean = by_column(mean, PLANE, BLOCK_C, RUN)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     if LOOPS:
         for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
@@ -587,6 +594,8 @@ def forward_kernel(
     DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIKE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -602,6 +611,9 @@ def forward_kernel(
     group; see `launch.Plan.mergers` for MERGERS, which is 0 for G = 1.
     Grid: (groups * G,), all at the same time unless G = 1.
     """
+    if ALIKE:  # their offsets are computed once
+        stride_xn, stride_xo, stride_xi = stride_yn, stride_yo, stride_yi
+        stride_rn, stride_ro, stride_ri = stride_yn, stride_yo, stride_yi
     groups = tl.num_programs(0) // G
     group = tl.program_id(0) // G
     member = tl.program_id(0) % G
@@ -622,7 +634,7 @@ def forward_kernel(
             running_var = load_or(running_var_ptr, k, k_mask, 0.0, tl.float64)
         count, mean, m2, held = split_stats(
             *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
-            *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST),
+            *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST, RUN),
             *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
         )
         if MERGERS > 0:
@@ -668,9 +680,9 @@ def forward_kernel(
         if not HELD:
             weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
             bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
-        bias = by_column(bias, PLANE, BLOCK_C)
-        scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C)
-        mean = by_column(mean.to(DTYPE), PLANE, BLOCK_C)
+        bias = by_column(bias, PLANE, BLOCK_C, RUN)
+        scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C, RUN)
+        mean = by_column(mean.to(DTYPE), PLANE, BLOCK_C, RUN)
         if HELD:
             write(
                 *(held, r, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr),

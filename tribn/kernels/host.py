@@ -191,7 +191,7 @@ class Launcher:
     ) -> Kept:
         """The kernel, compiled for the first plan whose programs fit the device, without spills."""
         for plan in self.plans:
-            values = dict(constants) | self._constants(plan)
+            values = dict(constants) | self._constants(plan, order)
             kept = Kept(
                 kernel,
                 kernel,
@@ -225,11 +225,13 @@ class Launcher:
                 break
         return kept
 
-    def _constants(self, plan: Plan) -> dict[str, Any]:
+    def _constants(self, plan: Plan, order: tuple[int, ...]) -> dict[str, Any]:
         constants: dict[str, Any] = {
             "DTYPE": self.dtype,
             "VEC": plan.vec,
             "CHANNELS_LAST": plan.channels_last,
+            "RUN": plan.vec if plan.channels_last else 1,
+            "ALIKE": len({self.layout.strides[i] for i in order}) == 1,
             "BLOCK_N": plan.block_n,
             "BLOCK_C": plan.block_c,
             "BLOCK_S": plan.block_s,

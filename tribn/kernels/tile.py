@@ -72,20 +72,33 @@ def merged_by(member, block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
 
 
 @triton.jit
-def by_column(x, PLANE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A number of each channel for its columns, [BLOCK_C]."""
-    if PLANE == 1:
+def spread(x, RUN: tl.constexpr):
+    """A number of each channel, for whose arithmetic one thread is enough.
+
+    Left to the compiler every thread loads and computes those of all channels it has elements of,
+    RUN next to each other. It does not repeat a gather, though.
+    """
+    if RUN < 4:
         return x
+    else:
+        return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
+def by_column(x, PLANE: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
+    """A number of each channel for its columns, [BLOCK_C]; see `spread` for RUN."""
+    if PLANE == 1:
+        return spread(x, RUN)
     else:
         LAST: tl.constexpr = x.shape[0] - 1
         return tl.gather(x, tl.minimum(tl.arange(0, BLOCK_C) // PLANE, LAST), 0)
 
 
 @triton.jit
-def sum_lanes(x, DTYPE: tl.constexpr, PLANE: tl.constexpr, SLAB: tl.constexpr):
-    """Sums of channels of a tile, or of what `fold` made of it, in a dtype."""
+def sum_lanes(x, DTYPE: tl.constexpr, PLANE: tl.constexpr, SLAB: tl.constexpr, RUN: tl.constexpr):
+    """Sums of channels of a tile, or of what `fold` made of it, in a dtype, `spread`."""
     if PLANE == 1:
-        return tl.sum(x, 1).to(DTYPE)
+        return spread(tl.sum(x, 1), RUN).to(DTYPE)
     else:
         CHANNELS: tl.constexpr = triton.next_power_of_2(SLAB // PLANE)
         COLUMNS: tl.constexpr = min(triton.next_power_of_2(PLANE), max(1, 1024 // CHANNELS))
