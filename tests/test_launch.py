@@ -143,10 +143,11 @@ SUMMED, COPIED = True, False
         ((33, 8, 7, 7), 0, {SUMMED, COPIED}),
         ((65, 4, 6, 3), 0, {SUMMED, COPIED}),
         ((1, 16, 3, 1), 0, {SUMMED, COPIED}),
+        ((32, 2048, 7, 7), 0, {SUMMED, COPIED}),
         # for sums not where 8-byte accesses fit, or a program has a channel by itself
         ((33, 8, 14, 14), 0, {COPIED}),
         ((65, 2, 6, 6), 0, {COPIED}),
-        ((32, 8, 7, 7), 0, {COPIED}),
+        ((32, 512, 7, 7), 0, {COPIED}),
         # never where they are aligned, or remain unaligned, or are long
         ((129, 8, 4, 4), 0, set()),
         ((33, 9, 7, 7), 0, set()),

@@ -22,9 +22,8 @@ FEW_TILES = 12  # for each multiprocessor: one program takes them sooner than se
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 EVALUATED = 512  # bytes of a row of channels, in a large tile, where nothing is summed up
 NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
-ALONE = (
-    2048  # elements of a tile for one channel, which a program takes by itself, not side by side
-)
+ALONE = 2048  # elements of a tile for one channel that a program takes by itself
+FEW = 2**20  # elements of such a tensor; more are a matter of throughput, which is lower then
 SECTOR = 32  # bytes that memory moves at least
 RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
@@ -141,7 +140,7 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    narrow = S % NARROWEST != 0 and not _alone(N, S) if sums else S % RUN != 0
+    narrow = S % NARROWEST != 0 and not _alone(N, C, S) if sums else S % RUN != 0
     fits = C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
     if narrow and fits and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
         return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
@@ -326,7 +325,7 @@ def single_read_plan(
         if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= programs):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
-    few = _alone(layout.N, layout.S) and not any(plan.splits == 1 for plan in held)
+    few = _alone(layout.N, layout.C, layout.S) and not any(plan.splits == 1 for plan in held)
     widest = narrow(64) if few and not layout.channels_last else 1
     while widest > 1:
         widest //= 2
@@ -406,9 +405,9 @@ def _tile(
     )
 
 
-def _alone(N: int, S: int) -> bool:
-    """Whether a program takes planes of channels with so few elements by itself, one by one."""
-    return _pow2_above(N) * _pow2_above(S) <= ALONE and 2 * S >= SECTOR
+def _alone(N: int, C: int, S: int) -> bool:
+    """Whether a program takes a channel of so few elements by itself, its planes one by one."""
+    return N * C * S <= FEW and _pow2_above(N) * _pow2_above(S) <= ALONE and 2 * S >= SECTOR
 
 
 def _tiles(plan: Plan, layout: Layout) -> int:
