@@ -174,6 +174,8 @@ def test_a_program_takes_odd_planes_of_few_elements_by_itself(shape):
         plan = single_read_plan(layout_of(shape, tensors=inputs + 1), itemsize, H100, inputs)
         assert (plan.tier, plan.plane, plan.splits) == ("registers", 1, 1)
         assert plan.block_c * plan.block_s * itemsize >= 32 or plan.block_c >= shape[1]
+        none_held = single_read_plan(layout_of(shape), itemsize, H100, inputs, held_per_thread=0)
+        assert none_held.tier == "l2"
 
 
 def test_planes_apart_or_under_a_mask_are_not_side_by_side():

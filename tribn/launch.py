@@ -325,9 +325,9 @@ def single_read_plan(
         if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= programs):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
-    few = _alone(layout.N, layout.C, layout.S) and not any(plan.splits == 1 for plan in held)
-    widest = narrow(64) if few and not layout.channels_last else 1
-    while widest > 1:
+    few = most > 0 and not layout.channels_last and _alone(layout.N, layout.C, layout.S)
+    widest = narrow(64) if few and not any(plan.splits == 1 for plan in held) else 1
+    while widest > 1:  # narrower runs may leave a program its channels to itself
         widest //= 2
         plan = _tile(layout, itemsize, bits, per_thread // 2, widest)
         if _tiles(plan, layout) == 1:
