@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tribn.functional import batch_norm
-from tribn.launch import Layout, whole_run
+from tribn.launch import Layout
 from tribn.reference import accumulator
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -43,7 +43,7 @@ PLAIN = (None, 0.0, 0.0, False)  # to an operator: no activation
 
 def least_columns(layout: Layout) -> int:
     """How many a tile must have at least, for its slab to be of whole channels."""
-    return 1 if layout.plane == 1 else 1 << (whole_run(layout.plane) - 1).bit_length()
+    return 1 << (layout.whole - 1).bit_length()
 
 
 # Layouts: the same values behind other strides. What lies between the elements is NaN, so that

@@ -62,7 +62,7 @@ def device():
 def cut(layout, itemsize, **changes):
     """The plan for a layout, changed, and the numbers that depend on the changes set right."""
     plan = replace(make_plan(layout, itemsize, host.INTERPRETER), **changes)
-    if layout.plane > 1:  # a block has whole channels, and no others are neighbours
+    if layout.columns > 1:  # a block has whole channels, and no others are neighbours
         plan = replace(plan, block_c=max(plan.block_c, least_columns(layout)), channels_last=True)
     tiles = -(-layout.N // plan.block_n) * -(-layout.S // plan.block_s)
     tiles_per_split = -(-tiles // plan.splits)
@@ -75,10 +75,10 @@ def cut(layout, itemsize, **changes):
     )
 
 
-def forced(axis, *tensors, mask=None, **changes):
+def forced(axis, *tensors, mask=None, sums=True, **changes):
     """The plan for tensors of one shape, and a mask of it, changed."""
     around = None if mask is None else mask.unsqueeze(axis).stride()
-    layout = collapse(tensors[0].shape, [t.stride() for t in tensors], axis, around)
+    layout = collapse(tensors[0].shape, [t.stride() for t in tensors], axis, around, sums)
     return cut(layout, tensors[0].element_size(), **changes)
 
 
@@ -131,6 +131,7 @@ SHAPES = [
     *[Case((3, 5, 7, 8), layout="channels_last"), Case((6, 11, 4), channel_axis=-1)],
     *[Case((3, 16, 4, 8), BF16), Case((3, 16, 4, 8), F16, "channels_last"), Case((9, 6, 10), F64)],
     *[Case((37, 24, 3)), Case((3, 16, 5, 5), BF16)],  # planes side by side
+    *[Case((32, 5), BF16), Case((2, 6, 4, 7), F64, "channels_last")],  # pixels side by side
 ]
 
 
@@ -176,7 +177,7 @@ def test_evaluation_on_every_path(case, path, device):
     t = Inputs.of(case, device)
     oracle = exact(t, False, MOMENTUM, EPS)
     changes = dict(zip(TILE, path, strict=True))
-    plan = forward_plan(t, **changes)
+    plan = forward_plan(t, sums=False, **changes)
     statistics = (t.running_mean, t.running_var)
     results = {"y": evaluate(kernels, t, *statistics, plan)}
     expected = {"y": evaluate(reference, t, *statistics)}
@@ -238,9 +239,9 @@ def synchronized(module, inputs, **changes):
     counter = torch.tensor(4, device=t.x.device)
     dtype = accumulator(t.x.dtype)
 
-    def plan(part, *tensors):
+    def plan(part, *tensors, sums=True):
         forced_one = module is kernels and part.x.numel()
-        return (forced(t.axis, *tensors, **changes),) if forced_one else ()
+        return (forced(t.axis, *tensors, sums=sums, **changes),) if forced_one else ()
 
     rows = [module.sync_stats(p.x, None, dtype, t.axis, *PLAIN, *plan(p, p.x, p.x)) for p in parts]
     statistics = module.sync_combine(
@@ -264,7 +265,7 @@ def synchronized(module, inputs, **changes):
         [
             module.sync_backward_dx(
                 *(*of, count, sums, EPS, t.axis, *PLAIN, False, t.x.dtype),
-                *plan(p, p.x, p.dy, out),
+                *plan(p, p.x, p.dy, out, sums=False),
             )
             for p, of, out in zip(parts, tensors, like, strict=True)
         ]
@@ -462,7 +463,7 @@ def test_bits_are_the_references(activation, order, masked, layout, device):
     )
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     layout = launch.runs(y.shape, y.stride(), t.axis, masked)
-    used = y.numel() // 8 if layout.plane > 1 else bits.numel()  # planes side by side have no gaps
+    used = y.numel() // 8 if layout.columns > 1 else bits.numel()  # side by side there are no gaps
     assert torch.equal(bits.flatten()[:used], expected_bits.flatten()[:used])
     signs = reference.unpack(bits, y, t.axis, masked)
     z = x if order == "act_norm" else x + residual

@@ -55,7 +55,7 @@ def offsets(shape, strides, axis):
 
 def layout_offsets(layout):
     for n, c, s in itertools.product(range(layout.N), range(layout.C), range(layout.S)):
-        yield (c // layout.plane, *(dot((n, c, s), strides) for strides in layout.strides))
+        yield (layout.channel(c), *(dot((n, c, s), strides) for strides in layout.strides))
 
 
 @st.composite
@@ -119,9 +119,9 @@ def test_dense_tensors_collapse_in_any_order_of_axes(case, axis):
     ("shape", "strides", "axis", "expected"),
     [
         ((4, 3, 5, 6), (90, 30, 6, 1), 1, (4, 3, 30, (90, 30, 1))),
-        ((4, 3, 5, 6), (90, 1, 18, 3), 1, (1, 3, 120, (0, 1, 3))),
+        ((3, 3, 5, 7), (105, 1, 21, 3), 1, (1, 3, 105, (0, 1, 3))),
         ((4, 5, 3), (15, 3, 1), 2, (1, 3, 20, (0, 1, 3))),
-        ((8, 3), (3, 1), 1, (1, 3, 8, (0, 1, 3))),
+        ((9, 3), (3, 1), 1, (1, 3, 9, (0, 1, 3))),
         ((2, 2048, 1, 1), (2048, 1, 1, 1), 1, (1, 2048, 2, (0, 1, 2048))),
         ((3000, 1, 9), (9, 9, 1), 1, (1, 1, 27000, (0, 0, 1))),
         ((4, 3, 5, 6), (0, 0, 0, 0), 1, (1, 3, 120, (0, 0, 0))),
@@ -172,10 +172,67 @@ def test_short_planes_side_by_side(shape, gap, side_by_side):
 def test_a_program_takes_odd_planes_of_few_elements_by_itself(shape):
     for itemsize, inputs in itertools.product((2, 4, 8), (1, 2)):
         plan = single_read_plan(layout_of(shape, tensors=inputs + 1), itemsize, H100, inputs)
-        assert (plan.tier, plan.plane, plan.splits) == ("registers", 1, 1)
+        assert (plan.tier, plan.columns, plan.splits) == ("registers", 1, 1)
         assert plan.block_c * plan.block_s * itemsize >= 32 or plan.block_c >= shape[1]
         none_held = single_read_plan(layout_of(shape), itemsize, H100, inputs, held_per_thread=0)
         assert none_held.tier == "l2"
+
+
+@pytest.mark.parametrize(
+    ("shape", "gap", "pixels"),
+    [
+        ((130, 3, 24, 28), 0, {SUMMED: 8, COPIED: 8}),
+        ((64, 65, 100, 100), 0, {SUMMED: 8, COPIED: 8}),
+        ((1024, 6, 1, 1), 0, {SUMMED: 4, COPIED: 4}),
+        ((65, 250, 2, 2), 0, {SUMMED: 4, COPIED: 4}),
+        # for sums not where 8-byte accesses fit, or a program has some channels by itself
+        ((130, 12, 8, 8), 0, {COPIED: 2}),
+        ((64, 65, 1, 1), 0, {COPIED: 8}),
+        ((1, 3, 8, 1), 0, {COPIED: 8}),
+        # never where they are aligned, or do not fill rows, or these are long, or lie apart
+        ((130, 24, 8, 8), 0, {}),
+        ((65, 65, 5, 5), 0, {}),
+        ((130, 129, 8, 8), 0, {}),
+        ((130, 3, 8, 8), 4, {}),
+    ],
+)
+def test_pixels_of_few_channels_side_by_side(shape, gap, pixels):
+    N, C, *axes = shape
+    S = math.prod(axes)
+    step = C * S + gap
+    for sums in (SUMMED, COPIED):
+        layout = collapse(shape, [(step, 1, axes[1] * C, C)] * 2, 1, sums=sums)
+        assert layout.pixels == pixels.get(sums, 1)
+        if layout.pixels > 1:
+            rows = N * S // layout.pixels
+            stride = C * layout.pixels if rows > 1 else 0
+            columns = (1, C * layout.pixels, rows)
+            assert layout == Layout(*columns, ((0, 1, stride),) * 2, pixels=layout.pixels)
+
+
+def test_rows_of_pixels_may_lie_apart():
+    layout = collapse((33, 3, 8, 8), [(200, 1, 24, 3)], 1)
+    assert layout == Layout(33, 24, 8, ((200, 1, 24),), pixels=8)
+    assert collapse((33, 3, 8, 8), [(196, 1, 24, 3)], 1).pixels == 1
+    assert collapse((33, 3, 8, 8), [(192, 1, 24, 3), (200, 1, 24, 3)], 1).pixels == 8
+    assert collapse((33, 3, 8, 8), [(192, 1, 24, 3), (256, 1, 32, 4)], 1).pixels == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("C", [*range(1, 20), 65, 125, 250, 441])
+@pytest.mark.parametrize("device", [H100, Device(1, 2**20, 2**18, 2**16, 2048)])
+def test_blocks_have_whole_channels(C, itemsize, device):
+    """However few elements there are, and however narrow that makes a tile."""
+    for shape, strides in (((1, C, 24, 10), channels_last), ((1, 64, C, 1), contiguous)):
+        for sums, bits in ((True, False), (True, True), (False, False)):
+            layout = collapse(shape, [strides(shape)] * 3, 1, sums=sums)
+            plans = [make_plan(layout, itemsize, device, bits, sums)]
+            if sums:
+                plans += [single_read_plan(layout, itemsize, device, 2, bits, n) for n in (1, 2)]
+            for plan in plans:
+                assert plan.channels * layout.columns == plan.slab > 0
+                assert plan.channel_blocks * plan.channels >= layout.channels
+                assert plan.vec * itemsize == 16 or layout.columns == 1
 
 
 def test_planes_apart_or_under_a_mask_are_not_side_by_side():
@@ -324,7 +381,9 @@ def test_bits_of_common_layouts(shape, strides, axis, expected):
         ((128, 9, 14, 14), contiguous, 2, 4),
         ((128, 512, 7, 7), channels_last, 2, 8),
         ((64, 24, 5, 5), channels_last, 2, 8),
-        ((64, 65, 100, 100), channels_last, 2, 1),
+        ((64, 65, 100, 100), channels_last, 2, 8),
+        ((64, 65, 100, 100), channels_last, 4, 4),
+        ((64, 129, 100, 100), channels_last, 2, 1),
         ((64, 65, 100, 100), contiguous, 8, 2),
         ((2**21, 1), contiguous, 2, 8),
     ],
@@ -387,7 +446,7 @@ def assert_fits(layout, itemsize, device, inputs, bits):
             # not even in narrower slabs
             last = layout.channels_last
             narrow, fewest = (128 // itemsize, FEWEST_GROUPS) if last else (plan.block_c, 1)
-            narrow = plan.slab if layout.plane > 1 else min(plan.block_c, narrow)
+            narrow = plan.slab if layout.columns > 1 else min(plan.block_c, narrow)
             held = inputs * min(narrow, layout.C) * layout.N * layout.S * itemsize
             assert device.l2 // 2 // held < min(fewest, -(-layout.C // narrow))
         large = 2 * layout.N * layout.C * layout.S * itemsize > device.l2
@@ -502,7 +561,7 @@ def test_evaluation_has_a_program_for_each_tile(shape, strides):
     assert plan.tiles_per_split == plan.stages == 1
     tile = plan.block_n * plan.block_c * plan.block_s * 2
     assert tile == 32 * plan.num_warps * (64 if layout.channels_last else 32)
-    if layout.channels_last and layout.plane == 1:
+    if layout.channels_last and layout.columns == 1:
         assert plan.block_c == 256  # 512 bytes side by side
         with_bits = make_plan(layout, 2, H100, bits=True, reduces=False)
         assert (with_bits.block_c, with_bits.block_s) == (64, 64)

@@ -156,13 +156,18 @@ PLAIN = [
     (Case((37, 24, 3)), Path(4, 16, 1, 4, 2, "l2")),
     (Case((31, 16, 5, 5), F16), Path(2, 64, 1, 16, 2, "l2", True, 4)),
     (Case((9, 40, 7), F64), Path(4, 16, 1, 3, 3, "registers")),
+    # pixels side by side
+    (Case((72, 5), BF16), Path(1, 16, 2, 1, 1, "memory", True)),
+    (Case((4, 6, 4, 7), layout="channels_last"), Path(1, 16, 4, 4, 1, "l2")),
+    (Case((40, 9), F64), Path(1, 16, 1, 5, 1, "registers")),
+    (Case((3, 65, 8, 8), F16, "channels_last"), Path(1, 16, 2, 6, 1, "l2", True, 4)),
     # a merge in several steps, and by some of the programs for the others
     (Case((6, 11, 4), channel_axis=-1), Path(1, 4, 32, 3, 1, "registers", False, 4)),
     (Case((3, 5, 24), F16), Path(1, 2, 8, 5, 2, "l2", False, 4)),
     (Case((2, 3, 125), F64), Path(1, 4, 16, 16, 1, "registers", False, 16)),
     # far from zero
     (Case((64, 3, 10), mean=2e3), Path(16, 2, 16, 2, 1)),
-    (Case((64, 3, 4, 4), layout="channels_last", mean=-2e4), Path(1, 4, 128, 4, 1, "memory")),
+    (Case((64, 3, 4, 4), layout="channels_last", mean=-2e4), Path(1, 4, 32, 4, 1, "memory")),
     (Case((16, 3, 10), F64, mean=2e3), Path(4, 1, 16, 4, 1, "registers")),
     (Case((64, 3), BF16, mean=50.0, std=1.0), Path(1, 2, 32, 2, 2, "registers")),
 ]
@@ -177,7 +182,7 @@ def test_paths_are_of_every_kind(force):
         plan = path.plan(layout, t.x.itemsize, host.INTERPRETER)
         seen.append((layout, plan, plan.mergers, plan.splits > plan.block_g(plan.mergers)))
     assert {case.dtype for case, _ in PLAIN} == set(DTYPES)
-    assert {plan.splits for _, plan, _, _ in seen} == {1, 2, 3, 4, 5, 8, 16}
+    assert {plan.splits for _, plan, _, _ in seen} == {1, 2, 3, 4, 5, 6, 8, 16}
     assert len({(plan.tier, plan.channels_last) for _, plan, _, _ in seen if plan.waits}) == 3 * 2
     assert len({plan.tier for _, plan, _, _ in seen if not plan.waits}) == 3
     assert len({plan.policies for _, plan, _, _ in seen}) == 3

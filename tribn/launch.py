@@ -3,6 +3,7 @@
 Standard library only, so that every plan can be computed, printed and tested on any machine.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -81,8 +82,9 @@ class Layout:
     """Tensors of one shape, seen as (N, C, S): outer reduction axis, channel, inner reduction axis.
 
     `strides` holds one (stride_n, stride_c, stride_s) in elements for each tensor, and `mask` the
-    (stride_n, stride_s) of a mask, or zeros. An axis of size 1 has stride 0. With a `plane` the
-    second axis is one of columns, so many of them for each channel, side by side.
+    (stride_n, stride_s) of a mask, or zeros. An axis of size 1 has stride 0. With a `plane` or
+    `pixels` the second axis is one of columns: the elements of each channel's plane side by side,
+    or so many pixels, each with an element of every channel.
     """
 
     N: int
@@ -91,10 +93,26 @@ class Layout:
     strides: tuple[tuple[int, int, int], ...]
     mask: tuple[int, int] = (0, 0)
     plane: int = 1
+    pixels: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Of a channel."""
+        return self.plane * self.pixels
 
     @property
     def channels(self) -> int:
-        return self.C // self.plane
+        return self.C // self.columns
+
+    def channel(self, column: int) -> int:
+        return column // self.plane % self.channels
+
+    @property
+    def whole(self) -> int:
+        """How many columns are not to be parted: those of whole channels, by eights."""
+        if self.columns == 1:
+            return 1
+        return self.C if self.pixels > 1 else whole_run(self.plane)
 
     @property
     def channels_last(self) -> bool:
@@ -115,9 +133,9 @@ def collapse(
     No element moves. Axes other than the channel `axis` may be visited in any order, since they
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
     where all tensors allow it. Short planes that make narrow accesses are seen side by side, as one
-    run of columns, unless a mask differs within them; where one `sums` that costs more than 8-byte
-    accesses, and than a program that takes a channel by itself. Returns None where more than two
-    axes remain.
+    run of columns, unless a mask differs within them, and so are pixels of neighbouring channels;
+    where one `sums` that costs more than 8-byte accesses, and than a program that takes a channel
+    by itself. Returns None where more than two axes remain.
     """
     if mask is not None:
         strides = [*strides, mask]
@@ -140,19 +158,31 @@ def collapse(
     if mask is not None:
         mask_n, _, mask_s = triples.pop()
         return Layout(N, C, S, tuple(triples), (mask_n, mask_s))
-    narrow = S % NARROWEST != 0 and not _alone(N, C, S) if sums else S % RUN != 0
-    fits = C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
-    if narrow and fits and all(c == S and s == 1 and n % RUN == 0 for n, c, s in triples):
-        return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in triples), plane=S)
-    return Layout(N, C, S, tuple(triples))
+    return _side_by_side(Layout(N, C, S, tuple(triples)), sums)
 
 
-def whole_run(plane: int) -> int:
-    """The fewest columns, of so many for each channel, that are of whole channels and by eights."""
-    columns = plane
-    while columns % RUN:
-        columns *= 2
-    return columns
+def _side_by_side(layout: Layout, sums: bool) -> Layout:
+    """What makes narrow accesses, as runs of columns: short planes, or pixels of few channels."""
+    N, C, S, strides = layout.N, layout.C, layout.S, layout.strides
+    least = NARROWEST if sums else RUN
+    aligned = all(n % RUN == 0 for n, _, _ in strides)
+    if aligned and S % least and all(c == S and s == 1 for _, c, s in strides):
+        fits = C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
+        if fits and not (sums and _alone(N, C, S)):
+            return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in strides), plane=S)
+    elif aligned and C % least and all(c == 1 and s == C for _, c, s in strides):
+        row = whole_run(C)
+        rows, rest = divmod(C * S, row)
+        fits = rest == 0 and row <= MOST_COLUMNS
+        if fits and not (sums and _few_rows(N, S)):
+            strides = tuple((n, 1, row if rows > 1 else 0) for n, _, _ in strides)
+            return Layout(N, row, rows, strides, pixels=row // C)
+    return layout
+
+
+def whole_run(columns: int) -> int:
+    """The fewest columns, a multiple of so many and of eight."""
+    return math.lcm(columns, RUN)
 
 
 def runs(shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool) -> Layout:
@@ -196,17 +226,29 @@ class Plan:
     tier: str | None = None  # "registers", "l2" or, if it does not fit, "memory"
     groups: int = 0
     streams: bool = False  # the tensors are too large to be found in the L2 cache afterwards
-    plane: int = 1  # columns of a channel: see `Layout`
+    plane: int = 1  # see `Layout`
+    pixels: int = 1
+    whole: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Of a channel."""
+        return self.plane * self.pixels
 
     @property
     def slab(self) -> int:
         """How many of its `block_c` columns a block has."""
-        return _slab(self.block_c, self.plane)
+        return self.whole if self.pixels > 1 else self.block_c // self.whole * self.whole
 
     @property
     def channels(self) -> int:
         """Of a block."""
-        return self.slab // self.plane
+        return self.slab // self.columns
+
+    @property
+    def run(self) -> int:
+        """How many neighbouring elements of an access are of channels of their own."""
+        return self.vec if self.channels_last and self.plane == 1 else 1
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
@@ -277,7 +319,8 @@ def make_plan(
     plan = _tile(layout, itemsize, bits, per_thread, widest)
     if not reduces and plan.vec * itemsize == 16:
         # The numbers of a program's channels are soon loaded: rather more programs than fewer.
-        while plan.channel_blocks * _tiles(plan, layout) < device.sms and per_thread > plan.vec:
+        least = max(plan.vec, _pow2_above(layout.whole) // (32 * WARPS))
+        while plan.channel_blocks * _tiles(plan, layout) < device.sms and per_thread > least:
             per_thread //= 2
             plan = _tile(layout, itemsize, bits, per_thread, widest)
         return _split(plan, layout, 1)
@@ -305,7 +348,7 @@ def single_read_plan(
     compiling the kernel tells; tile and tier are the same for all numbers but 1.
     """
     most = held_per_thread // inputs // (4 if itemsize == 8 else 1)
-    if layout.plane > 1:  # the sums of channels from those of columns take registers as well
+    if layout.columns > 1:  # the sums of channels from those of columns take registers as well
         most //= 2
 
     def narrow(run: int) -> int:
@@ -379,8 +422,9 @@ def _tile(
     if vec * itemsize < 8:
         per_thread //= 4
     elements = 32 * WARPS * per_thread
-    if layout.plane > 1:
-        block_s, block_c = 1, min(_pow2_above(C), elements, WIDEST)
+    if layout.columns > 1:
+        block_c = min(_pow2_above(C), elements, WIDEST)
+        block_s = min(_pow2_above(S), elements // block_c)
     elif channels_last:
         # Rows of whole cache lines
         block_c = max(least, min(_pow2_above(C), widest or min(64, 256 // itemsize)))
@@ -397,17 +441,24 @@ def _tile(
         block_s=block_s,
         tiles_per_split=_cdiv(N, block_n) * _cdiv(S, block_s),
         splits=1,
-        channel_blocks=_cdiv(C, _slab(block_c, layout.plane)),
+        channel_blocks=_cdiv(C, block_c // layout.whole * layout.whole),
         channels_last=channels_last,
         vec=vec,
         num_warps=max(1, block_n * block_c * block_s // (32 * per_thread)),
         plane=layout.plane,
+        pixels=layout.pixels,
+        whole=layout.whole,
     )
 
 
 def _alone(N: int, C: int, S: int) -> bool:
     """Whether a program takes a channel of so few elements by itself, its planes one by one."""
     return N * C * S <= FEW and _pow2_above(N) * _pow2_above(S) <= ALONE and 2 * S >= SECTOR
+
+
+def _few_rows(N: int, S: int) -> bool:
+    """Whether a program takes channels that are neighbours by itself."""
+    return _pow2_above(N) * _pow2_above(S) * SECTOR <= ALONE
 
 
 def _tiles(plan: Plan, layout: Layout) -> int:
@@ -450,8 +501,3 @@ def _pow2_above(n: int) -> int:
 
 def _up(number: int, unit: int) -> int:
     return _cdiv(number, unit) * unit
-
-
-def _slab(block_c: int, plane: int) -> int:
-    """How many of a block's columns are of whole channels, and by eights if these have several."""
-    return block_c if plane == 1 else block_c // whole_run(plane) * whole_run(plane)

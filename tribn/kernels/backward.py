@@ -56,8 +56,9 @@ def constants(
     weight_ptr,
     bias_ptr,
     DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLAB: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PLANE: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """1 / std of each channel, and mean, scale and bias of each column."""
@@ -66,9 +67,9 @@ def constants(
     weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
     bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
     rstd = reciprocal_std(var, eps, DTYPE)
-    scale = by_column(weight * rstd, PLANE, BLOCK_C, RUN)
-    mean = by_column(mean, PLANE, BLOCK_C, RUN)
-    return rstd, mean, scale, by_column(bias, PLANE, BLOCK_C, RUN)
+    scale = by_column(weight * rstd, COLUMNS, SLAB, BLOCK_C, RUN)
+    mean = by_column(mean, COLUMNS, SLAB, BLOCK_C, RUN)
+    return rstd, mean, scale, by_column(bias, COLUMNS, SLAB, BLOCK_C, RUN)
 
 
 @triton.jit
@@ -283,7 +284,7 @@ def backward_reduce_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -301,10 +302,11 @@ def backward_reduce_kernel(
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, COLUMNS, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     rstd, mean, scale, bias = constants(
-        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE, RUN
+        *(k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr),
+        *(DTYPE, COLUMNS, SLAB, BLOCK_C, RUN),
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     sum_g = fold(tl.zeros([BLOCK_C, BLOCK_N * BLOCK_S], DTYPE), VEC, CHANNELS_LAST)
@@ -345,9 +347,9 @@ def backward_reduce_kernel(
                 *(VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S),
             )
             store(at, dx, mask, "")
-    sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB, RUN)
-    sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB, RUN)
-    K = C // PLANE
+    sum_g = sum_lanes(sum_g, tl.float64, COLUMNS, SLAB, RUN)
+    sum_g_x = sum_lanes(sum_g_x, tl.float64, COLUMNS, SLAB, RUN)
+    K = C // COLUMNS
     results = (sums_ptr, dweight_ptr, dbias_ptr)
     if partials_ptr is None:
         store_results(kind, sum_g, sum_g_x, rstd, K, k, k_mask, *results)
@@ -377,12 +379,12 @@ def store_grads(sum_g, sum_g_x, rstd, c, c_mask, dweight_ptr, dbias_ptr):
 
 
 @triton.jit
-def means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE: tl.constexpr, DTYPE: tl.constexpr):
+def means(sum_g, sum_g_x, rstd, count_ptr, N, S, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
     """sum(g) / n, and sum(g * z) / n * rstd."""
     if count_ptr is not None:
         share = reciprocal(tl.load(count_ptr))
     else:
-        share = reciprocal(N * S * PLANE)
+        share = reciprocal(N * S * COLUMNS)
     return (sum_g * share).to(DTYPE), (sum_g_x * rstd * rstd * share).to(DTYPE)
 
 
@@ -503,7 +505,7 @@ def backward_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -521,19 +523,20 @@ def backward_dx_kernel(
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, COLUMNS, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     rstd, mean, scale, bias = constants(
-        k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE, RUN
+        *(k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr),
+        *(DTYPE, COLUMNS, SLAB, BLOCK_C, RUN),
     )
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     offset, slope = mean, mean
     if sums_ptr is not None:
         sum_g = tl.load(sums_ptr + (1 + k), k_mask, other=0.0)
-        sum_g_x = tl.load(sums_ptr + (1 + C // PLANE + k), k_mask, other=0.0)
-        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE, DTYPE)
-        offset = by_column(offset, PLANE, BLOCK_C, RUN)
-        slope = by_column(slope, PLANE, BLOCK_C, RUN)
+        sum_g_x = tl.load(sums_ptr + (1 + C // COLUMNS + k), k_mask, other=0.0)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, COLUMNS, DTYPE)
+        offset = by_column(offset, COLUMNS, SLAB, BLOCK_C, RUN)
+        slope = by_column(slope, COLUMNS, SLAB, BLOCK_C, RUN)
     for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
         dy, x, more = load_inputs(
             *(tile, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
@@ -606,7 +609,7 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -623,10 +626,10 @@ def backward_kernel(
     member = tl.program_id(0) % G
     first, last = tiles(member, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
-    K = C // PLANE
+    K = C // COLUMNS
     for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
         c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-        k, k_mask = channels(c, c_mask, slab, C, PLANE, SLAB)
+        k, k_mask = channels(c, c_mask, slab, C, COLUMNS, SLAB)
         if HELD:  # it waits for nothing, not for the numbers of the channels either
             dy, x, more = load_inputs(
                 *(first, c, c_mask, dy_ptr, x_ptr, residual_ptr, bits_ptr, N, C, S, stride_dyn),
@@ -634,7 +637,8 @@ def backward_kernel(
                 *(stride_ri, FIRST, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_C, BLOCK_S, SLAB),
             )
         rstd, mean, scale, bias = constants(
-            k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr, DTYPE, BLOCK_C, PLANE, RUN
+            *(k, k_mask, eps, mean_ptr, var_ptr, weight_ptr, bias_ptr),
+            *(DTYPE, COLUMNS, SLAB, BLOCK_C, RUN),
         )
         if HELD:
             sum_g, sum_g_x = terms(
@@ -659,8 +663,8 @@ def backward_kernel(
                 )
                 sum_g += g
                 sum_g_x += g_x
-        sum_g = sum_lanes(sum_g, tl.float64, PLANE, SLAB, RUN)
-        sum_g_x = sum_lanes(sum_g_x, tl.float64, PLANE, SLAB, RUN)
+        sum_g = sum_lanes(sum_g, tl.float64, COLUMNS, SLAB, RUN)
+        sum_g_x = sum_lanes(sum_g_x, tl.float64, COLUMNS, SLAB, RUN)
         if MERGERS > 0:
             counter_ptr = counters_ptr + (1 + group).to(tl.int64)
             at = member.to(tl.int64) * K + k
@@ -669,7 +673,7 @@ def backward_kernel(
             if MERGERS > 1:
                 merged_ptr = partials_ptr + 2 * G * K
                 if member < MERGERS:
-                    one, exists = merged_by(member, slab, C, PLANE, SLAB)
+                    one, exists = merged_by(member, slab, C, COLUMNS, SLAB)
                     merged = merge_sums(partials_ptr, G, K, one, exists, BLOCK_G)
                     store_sums(merged_ptr, one, *merged, 1, K, exists)
                 group_barrier(counter_ptr, G, member)
@@ -679,9 +683,9 @@ def backward_kernel(
                 sum_g, sum_g_x = merge_sums(partials_ptr, G, K, k, k_mask, BLOCK_G)
         if member == 0:
             store_grads(sum_g, sum_g_x, rstd, k, k_mask, dweight_ptr, dbias_ptr)
-        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, PLANE, DTYPE)
-        offset = by_column(offset, PLANE, BLOCK_C, RUN)
-        slope = by_column(slope, PLANE, BLOCK_C, RUN)
+        offset, slope = means(sum_g, sum_g_x, rstd, count_ptr, N, S, COLUMNS, DTYPE)
+        offset = by_column(offset, COLUMNS, SLAB, BLOCK_C, RUN)
+        slope = by_column(slope, COLUMNS, SLAB, BLOCK_C, RUN)
         if HELD:
             write(
                 *(dy, x, more, first, c, c_mask, mean, scale, bias, offset, slope, p, q, dx_ptr),

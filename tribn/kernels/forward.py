@@ -76,7 +76,7 @@ def split_stats(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -103,10 +103,11 @@ def split_stats(
     x = held.to(DTYPE)
     if PRE is not None:
         x = PRE(x, p, q)
-    share = 1.0 / (PLANE * tl.maximum(tl.sum(valid.to(tl.int32), 0), 1)).to(DTYPE)
-    shift = sum_lanes(tl.where(valid[None, :], x * share, 0.0), DTYPE, PLANE, SLAB, 1)
+    share = 1.0 / (COLUMNS * tl.maximum(tl.sum(valid.to(tl.int32), 0), 1)).to(DTYPE)
+    UNSPREAD: tl.constexpr = 1 if COLUMNS == 1 else RUN  # every thread uses it anyway
+    shift = sum_lanes(tl.where(valid[None, :], x * share, 0.0), DTYPE, COLUMNS, SLAB, UNSPREAD)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-    shift_c = by_column(shift, PLANE, BLOCK_C, 1)
+    shift_c = by_column(shift, COLUMNS, SLAB, BLOCK_C, UNSPREAD)
 
     if HELD:
         deviation = tl.where(valid[None, :], x - shift_c[:, None], 0.0)
@@ -146,10 +147,10 @@ def split_stats(
 
     if mask_ptr is not None:
         count = tl.sum(count.to(tl.int64), 0)
-    n_g = count.to(tl.float64) * PLANE
-    total_g = sum_lanes(total, tl.float64, PLANE, SLAB, RUN)
+    n_g = count.to(tl.float64) * COLUMNS
+    total_g = sum_lanes(total, tl.float64, COLUMNS, SLAB, RUN)
     offset = total_g * reciprocal(n_g)
-    m2 = sum_lanes(square, tl.float64, PLANE, SLAB, RUN)
+    m2 = sum_lanes(square, tl.float64, COLUMNS, SLAB, RUN)
     # Infinity stays, or is NaN like the variance about a mean that is neither.
     m2 = tl.where(m2 < float("inf"), m2 - total_g * offset, m2 + (offset - offset))
     mean = shift.to(tl.float64) + offset
@@ -277,7 +278,7 @@ def stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -294,10 +295,10 @@ def stats_kernel(
     count, mean, m2, _ = split_stats(
         *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
         *(stride_mn, stride_ms, PRE, False, "", DTYPE, VEC, CHANNELS_LAST, RUN),
-        *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
+        *(BLOCK_N, BLOCK_C, BLOCK_S, COLUMNS, SLAB, STAGES),
     )
-    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
-    K = C // PLANE
+    k, k_mask = channels(c, c_mask, block, C, COLUMNS, SLAB)
+    K = C // COLUMNS
     whole = True
     if partials_ptr is not None:
         store_stats(partials_ptr, g.to(tl.int64) * K + k, count, mean, m2, G, K, k_mask)
@@ -487,7 +488,7 @@ def normalize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
     LOOPS: tl.constexpr,
@@ -506,7 +507,7 @@ def normalize_kernel(
     blocks = tl.cdiv(C, SLAB).to(tl.int32)
     block, g = pid % blocks, pid // blocks
     c, c_mask = columns(block, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-    k, k_mask = channels(c, c_mask, block, C, PLANE, SLAB)
+    k, k_mask = channels(c, c_mask, block, C, COLUMNS, SLAB)
     first, last = tiles(g, N, S, tiles_per_split, BLOCK_N, BLOCK_S)
     if not LOOPS:  # nothing waits for the numbers of the channels first
         exists, _ = reduced(first, N, S, VEC, CHANNELS_LAST, BLOCK_N, BLOCK_S)
@@ -518,9 +519,9 @@ def normalize_kernel(
     mean = load_or(mean_ptr, k, k_mask, 0.0, DTYPE)
     var = load_or(var_ptr, k, k_mask, 1.0, DTYPE)
     weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
-    bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), PLANE, BLOCK_C, RUN)
-    scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C, RUN)
-    mean = by_column(mean, PLANE, BLOCK_C, RUN)
+    bias = by_column(load_or(bias_ptr, k, k_mask, 0.0, DTYPE), COLUMNS, SLAB, BLOCK_C, RUN)
+    scale = by_column(weight * reciprocal_std(var, eps, DTYPE), COLUMNS, SLAB, BLOCK_C, RUN)
+    mean = by_column(mean, COLUMNS, SLAB, BLOCK_C, RUN)
     p, q = tl.full([1, 1], p, DTYPE), tl.full([1, 1], q, DTYPE)
     if LOOPS:
         for tile in tl.range(last - 1, first - 1, -1, num_stages=STAGES):
@@ -599,7 +600,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    PLANE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLAB: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -623,10 +624,10 @@ def forward_kernel(
         tracked = load_tracked(num_batches_tracked_ptr)
     if CUMULATIVE:
         momentum = reciprocal(tracked + 1)
-    K = C // PLANE
+    K = C // COLUMNS
     for slab in range(group, tl.cdiv(C, SLAB).to(tl.int32), groups):
         c, c_mask = columns(slab, C, VEC, CHANNELS_LAST, BLOCK_C, SLAB)
-        k, k_mask = channels(c, c_mask, slab, C, PLANE, SLAB)
+        k, k_mask = channels(c, c_mask, slab, C, COLUMNS, SLAB)
         if HELD:  # they come while the statistics are taken; a loop needs the registers
             weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
             bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
@@ -635,7 +636,7 @@ def forward_kernel(
         count, mean, m2, held = split_stats(
             *(first, last, c, c_mask, p, q, x_ptr, mask_ptr, N, S, stride_xn, stride_xo, stride_xi),
             *(stride_mn, stride_ms, PRE, HELD, FIRST, DTYPE, VEC, CHANNELS_LAST, RUN),
-            *(BLOCK_N, BLOCK_C, BLOCK_S, PLANE, SLAB, STAGES),
+            *(BLOCK_N, BLOCK_C, BLOCK_S, COLUMNS, SLAB, STAGES),
         )
         if MERGERS > 0:
             counter_ptr = counters_ptr + (1 + group).to(tl.int64)
@@ -653,7 +654,7 @@ def forward_kernel(
         if MERGERS > 1:
             merged_ptr = partials_ptr + 3 * G * K
             if member < MERGERS:
-                one, exists = merged_by(member, slab, C, PLANE, SLAB)
+                one, exists = merged_by(member, slab, C, COLUMNS, SLAB)
                 merged = merge_stats(partials_ptr, G, K, one, exists, BLOCK_G)
                 store_stats(merged_ptr, one, *merged, 1, K, exists)
             group_barrier(counter_ptr, G, member)
@@ -680,9 +681,9 @@ def forward_kernel(
         if not HELD:
             weight = load_or(weight_ptr, k, k_mask, 1.0, DTYPE)
             bias = load_or(bias_ptr, k, k_mask, 0.0, DTYPE)
-        bias = by_column(bias, PLANE, BLOCK_C, RUN)
-        scale = by_column(weight * reciprocal_std(var, eps, DTYPE), PLANE, BLOCK_C, RUN)
-        mean = by_column(mean.to(DTYPE), PLANE, BLOCK_C, RUN)
+        bias = by_column(bias, COLUMNS, SLAB, BLOCK_C, RUN)
+        scale = by_column(weight * reciprocal_std(var, eps, DTYPE), COLUMNS, SLAB, BLOCK_C, RUN)
+        mean = by_column(mean.to(DTYPE), COLUMNS, SLAB, BLOCK_C, RUN)
         if HELD:
             write(
                 *(held, r, first, c, c_mask, mean, scale, bias, p, q, y_ptr, bits_ptr),

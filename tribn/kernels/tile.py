@@ -4,9 +4,10 @@ A tile is [BLOCK_C, BLOCK_N * BLOCK_S]: channels down, reduced elements across. 
 every layout: strides of all axes but the innermost arrive divided by VEC, so that the compiler
 sees them as multiples of it and makes 16-byte accesses.
 
-Short planes lie side by side as one run (`launch.Layout.plane`). What is down a tile then are
-columns, PLANE of them for each channel, and a block has the first SLAB of its BLOCK_C, those of
-whole channels. Elsewhere PLANE is 1 and a column a channel.
+Short planes, or pixels of few channels, lie side by side as one run (`launch.Layout`). What is down
+a tile then are columns, COLUMNS of them for each channel, and a block has the first SLAB of its
+BLOCK_C, those of whole channels. A channel's columns are neighbours if RUN is 1, those of a plane,
+and else alternate with those of all others. Elsewhere COLUMNS is 1 and a column a channel.
 """
 
 import triton
@@ -48,27 +49,27 @@ def columns(
 
 
 @triton.jit
-def channels(c, c_mask, block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
+def channels(c, c_mask, block, C, COLUMNS: tl.constexpr, SLAB: tl.constexpr):
     """The channels of a block, int64, as many as the next power of two, and which exist.
 
     They are those of its columns, c.
     """
-    if PLANE == 1:
+    if COLUMNS == 1:
         return c, c_mask
     else:
-        COUNT: tl.constexpr = SLAB // PLANE
+        COUNT: tl.constexpr = SLAB // COLUMNS
         lane = tl.arange(0, triton.next_power_of_2(COUNT))
         k = tl.cast(block, tl.int64) * COUNT + lane
-        return k, (k < C // PLANE) & (lane < COUNT)
+        return k, (k < C // COLUMNS) & (lane < COUNT)
 
 
 @triton.jit
-def merged_by(member, block, C, PLANE: tl.constexpr, SLAB: tl.constexpr):
+def merged_by(member, block, C, COLUMNS: tl.constexpr, SLAB: tl.constexpr):
     """The channel of a block that one of its programs merges, int64 [1], and whether it exists."""
-    COUNT: tl.constexpr = SLAB // PLANE
+    COUNT: tl.constexpr = SLAB // COLUMNS
     lane = member + tl.arange(0, 1)
     k = tl.cast(block, tl.int64) * COUNT + lane
-    return k, (k < C // PLANE) & (lane < COUNT)
+    return k, (k < C // COLUMNS) & (lane < COUNT)
 
 
 @triton.jit
@@ -85,31 +86,37 @@ def spread(x, RUN: tl.constexpr):
 
 
 @triton.jit
-def by_column(x, PLANE: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
+def by_column(
+    x, COLUMNS: tl.constexpr, SLAB: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr
+):
     """A number of each channel for its columns, [BLOCK_C]; see `spread` for RUN."""
-    if PLANE == 1:
+    if COLUMNS == 1:
         return spread(x, RUN)
     else:
         LAST: tl.constexpr = x.shape[0] - 1
-        return tl.gather(x, tl.minimum(tl.arange(0, BLOCK_C) // PLANE, LAST), 0)
+        column = tl.arange(0, BLOCK_C)
+        k = column // COLUMNS if RUN == 1 else column % (SLAB // COLUMNS)
+        return tl.gather(x, tl.minimum(k, LAST), 0)
 
 
 @triton.jit
-def sum_lanes(x, DTYPE: tl.constexpr, PLANE: tl.constexpr, SLAB: tl.constexpr, RUN: tl.constexpr):
+def sum_lanes(x, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, SLAB: tl.constexpr, RUN: tl.constexpr):
     """Sums of channels of a tile, or of what `fold` made of it, in a dtype, `spread`."""
-    if PLANE == 1:
+    if COLUMNS == 1:
         return spread(tl.sum(x, 1), RUN).to(DTYPE)
     else:
-        CHANNELS: tl.constexpr = triton.next_power_of_2(SLAB // PLANE)
-        COLUMNS: tl.constexpr = min(triton.next_power_of_2(PLANE), max(1, 1024 // CHANNELS))
+        COUNT: tl.constexpr = SLAB // COLUMNS
+        CHANNELS: tl.constexpr = triton.next_power_of_2(COUNT)
+        AT_ONCE: tl.constexpr = min(triton.next_power_of_2(COLUMNS), max(1, 1024 // CHANNELS))
         x = tl.sum(x, 1)
-        lane = tl.arange(0, CHANNELS * COLUMNS)
+        lane = tl.arange(0, CHANNELS * AT_ONCE)
         total = tl.zeros([CHANNELS], DTYPE)
-        for start in range(0, PLANE, COLUMNS):
-            column = start + lane % COLUMNS
-            at = tl.minimum(lane // COLUMNS * PLANE + column, x.shape[0] - 1)
-            part = tl.where(column < PLANE, tl.gather(x, at, 0), 0.0)
-            total += tl.sum(tl.reshape(part, [CHANNELS, COLUMNS]).to(DTYPE), 1)
+        for start in range(0, COLUMNS, AT_ONCE):
+            k, column = lane // AT_ONCE, start + lane % AT_ONCE
+            at = k * COLUMNS + column if RUN == 1 else column * COUNT + k
+            part = tl.gather(x, tl.minimum(at, x.shape[0] - 1), 0)
+            part = tl.where(column < COLUMNS, part, 0.0)
+            total += tl.sum(tl.reshape(part, [CHANNELS, AT_ONCE]).to(DTYPE), 1)
         return total
 
 
