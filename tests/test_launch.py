@@ -178,6 +178,22 @@ def test_a_program_takes_odd_planes_of_few_elements_by_itself(shape):
         assert none_held.tier == "l2"
 
 
+@pytest.mark.parametrize(("itemsize", "inputs"), [(2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)])
+def test_a_program_takes_few_rows_of_neighbouring_channels_by_itself(itemsize, inputs):
+    """In runs of at least a sector, so many rows as a program holds of these."""
+    held = 64 // inputs // (4 if itemsize == 8 else 1)
+    rows = 256 * held // (32 // itemsize)
+    for N, C, splits in ((rows, 256, 1), (rows - 1, 40, 1), (rows + 1, 256, None)):
+        layout = layout_of((N, C), tensors=inputs + 1)
+        plan = single_read_plan(layout, itemsize, H100, inputs)
+        assert plan.tier == "registers"
+        assert (plan.splits == 1) == (splits == 1)
+        assert plan.block_c * itemsize >= 32
+    many = layout_of((rows, 2**20 // rows + 32), tensors=inputs + 1)
+    plan = single_read_plan(many, itemsize, H100, inputs)
+    assert (plan.tier, plan.splits) != ("registers", 1)
+
+
 @pytest.mark.parametrize(
     ("shape", "gap", "pixels"),
     [
@@ -187,7 +203,8 @@ def test_a_program_takes_odd_planes_of_few_elements_by_itself(shape):
         ((65, 250, 2, 2), 0, {SUMMED: 4, COPIED: 4}),
         # for sums not where 8-byte accesses fit, or a program has some channels by itself
         ((130, 12, 8, 8), 0, {COPIED: 2}),
-        ((64, 65, 1, 1), 0, {COPIED: 8}),
+        ((128, 65, 1, 1), 0, {COPIED: 8}),
+        ((136, 65, 1, 1), 0, {SUMMED: 8, COPIED: 8}),
         ((1, 3, 8, 1), 0, {COPIED: 8}),
         # never where they are aligned, or do not fill rows, or these are long, or lie apart
         ((130, 24, 8, 8), 0, {}),

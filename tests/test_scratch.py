@@ -385,7 +385,7 @@ def test_plans_over_neighbouring_channels(monkeypatch):
     launcher, *_ = host.prepare(1, like, x.dtype, (like,), None, reads=1)
     assert [plan.block_n * plan.block_s for plan in launcher.plans] == [8192] * 3 + [4096] * 3
     # Narrow accesses: no program alone, and a quarter of the elements.
-    x = like[:, :65].contiguous(memory_format=torch.channels_last)
+    x = like[:, :129].contiguous(memory_format=torch.channels_last)
     launcher, *_ = host.prepare(1, x, x.dtype, (x,), None, reads=1)
     tiles = [plan.block_c * plan.block_s for plan in launcher.plans]
     assert tiles == [2048] * 3 + [1024] * 3

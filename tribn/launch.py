@@ -368,9 +368,14 @@ def single_read_plan(
         if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= programs):
             held.append(_split(plan, layout, 1))
         per_thread *= 2
-    few = most > 0 and not layout.channels_last and _alone(layout.N, layout.C, layout.S)
-    widest = narrow(64) if few and not any(plan.splits == 1 for plan in held) else 1
-    while widest > 1:  # narrower runs may leave a program its channels to itself
+    if layout.channels_last:
+        few = layout.N * layout.C * layout.S <= FEW and layout.columns == 1
+        narrowest = SECTOR // itemsize
+    else:
+        few, narrowest = _alone(layout.N, layout.C, layout.S), 1
+    alone = most == 0 or any(plan.splits == 1 for plan in held)
+    widest = narrow(64) if few and not alone else narrowest
+    while widest > narrowest:  # narrower runs may leave a program its channels to itself
         widest //= 2
         plan = _tile(layout, itemsize, bits, per_thread // 2, widest)
         if _tiles(plan, layout) == 1:
@@ -457,8 +462,8 @@ def _alone(N: int, C: int, S: int) -> bool:
 
 
 def _few_rows(N: int, S: int) -> bool:
-    """Whether a program takes channels that are neighbours by itself."""
-    return _pow2_above(N) * _pow2_above(S) * SECTOR <= ALONE
+    """Whether a program takes neighbouring channels by itself, a sector of 16 bits each."""
+    return _pow2_above(N) * _pow2_above(S) * SECTOR // 2 <= ALONE
 
 
 def _tiles(plan: Plan, layout: Layout) -> int:
