@@ -399,6 +399,7 @@ FUSED_LAYOUTS: dict[str, Case] = {
     "NC": Case((17, 6)),
     "NLC": Case((3, 6, 5), channel_axis=-1),
     "side by side": Case((5, 8, 7)),
+    "pixels": Case((4, 3, 2, 4), layout="channels_last"),
     "sliced": Case((3, 5, 9), layout="sliced"),
 }
 # A residual with the given values, which are laid out as the input is.

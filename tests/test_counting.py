@@ -32,6 +32,7 @@ CASES = [
     *[Case((3, 16, 4, 8), BF16), Case((3, 16, 4, 8), F16, "channels_last"), Case((9, 6, 10), F64)],
     *[Case((3, 5, 4, 6), layout="sliced"), Case((3, 5, 4, 6), dy_layout="channels_last")],
     Case((2, 40, 9, 9), BF16, "transposed", "transposed"),
+    Case((5, 6, 4, 8), F32, "channels_last", "channels_last"),  # pixels side by side
 ]
 
 

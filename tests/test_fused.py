@@ -59,10 +59,17 @@ def test_as_accurate_as_torchs_composition(case, device):
 
 
 @MODES
-@pytest.mark.parametrize("batch", [32, 33])
-def test_short_planes_of_few_and_of_many_elements(batch, training, device):
+@pytest.mark.parametrize(
+    "case",
+    [
+        *[Case((batch, 8, 7, 7), std=3.0) for batch in (32, 33)],
+        *[Case((batch, 6, 4, 8), layout="channels_last", std=3.0) for batch in (4, 5)],
+    ],
+    ids=str,
+)
+def test_short_planes_and_pixels_of_few_and_of_many_elements(case, training, device):
     """Which lie one by one and side by side, and so do their bits."""
-    t = Inputs.of(Case((batch, 8, 7, 7), std=3.0), device)
+    t = Inputs.of(case, device)
     options = {"activation": "relu", "order": "norm_act", "residual": t.dy.flip(0)}
     assert_fused_accurate(t, training, options)
 

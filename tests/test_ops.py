@@ -101,7 +101,8 @@ def test_operators_called_directly_have_gradients(device):
 
 
 SHAPES = [(3, 5, 9), (2, 8, 16), (2, 3, 7), (17, 6), (16, 24), (1, 1, 1), (2, 1, 9), (5, 1)]
-SHAPES += [(3, 8, 7), (2, 4, 3, 2)]  # planes side by side, unless there is a mask
+# planes and pixels side by side, unless there is a mask
+SHAPES += [(3, 8, 7), (2, 4, 3, 2), (136, 6)]
 
 
 @pytest.mark.parametrize("axis", [1, -1])

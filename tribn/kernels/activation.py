@@ -99,15 +99,17 @@ def gelu_grad(dy, z, p, q):
 
 @triton.jit
 def gelu_tanh(z, p, q):
-    inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)
-    return 0.5 * z * (1.0 + tanh(inner, p, q))
+    """0.5 * (1 + tanh(inner)) is the sigmoid of twice as much, which cancels nowhere."""
+    return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
 
 
 @triton.jit
 def gelu_tanh_grad(dy, z, p, q):
-    t = tanh(0.7978845608028654 * (z + 0.044715 * z * z * z), p, q)
-    slope = 0.7978845608028654 * (1.0 + 0.134145 * z * z)
-    return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * slope)
+    twice = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    e = tl.exp(-tl.abs(twice))
+    s = 1.0 / (1.0 + e)
+    return dy * (tl.where(twice < 0.0, e * s, s) + z * (e * s * s) * slope)
 
 
 @triton.jit
@@ -122,22 +124,20 @@ def silu_grad(dy, z, p, q):
 
 
 @triton.jit
-def _tanh_softplus(z):
-    """tanh(log(1 + exp(z))): no logarithm is needed."""
+def mish(z, p, q):
+    """With n = exp(z) * (exp(z) + 2), tanh(log(1 + exp(z))) is n / (n + 2)."""
     e = tl.exp(tl.where(z > 20.0, 20.0, z))
     n = e * (e + 2.0)
-    return n / (n + 2.0)
-
-
-@triton.jit
-def mish(z, p, q):
-    return z * _tanh_softplus(z)
+    return z * (n / (n + 2.0))
 
 
 @triton.jit
 def mish_grad(dy, z, p, q):
-    t = _tanh_softplus(z)
-    return dy * (t + z * (sigmoid(z, p, q) * (1.0 - t * t)))
+    e = tl.exp(tl.where(z > 40.0, 40.0, z))
+    n = e * (e + 2.0)
+    r = 1.0 / (n + 2.0)
+    slope = tl.where(z > 40.0, 0.0, 4.0 * (e * r) * ((e + 1.0) * r))
+    return dy * (n * r + z * slope)
 
 
 @triton.jit
