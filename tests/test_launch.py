@@ -194,6 +194,13 @@ def test_a_program_takes_few_rows_of_neighbouring_channels_by_itself(itemsize, i
     assert (plan.tier, plan.splits) != ("registers", 1)
 
 
+@pytest.mark.parametrize(("C", "run"), [(256, 16), (2048, 16), (2144, 32), (4096, 32)])
+def test_few_programs_take_narrower_runs(C, run):
+    """As long as there is a multiprocessor for each of twice as many."""
+    plan = single_read_plan(layout_of((64, C)), 2, H100)
+    assert (plan.tier, plan.splits, plan.block_c) == ("registers", 1, run)
+
+
 @pytest.mark.parametrize(
     ("shape", "gap", "pixels"),
     [

@@ -357,32 +357,33 @@ def single_read_plan(
             return run // itemsize
         return _pow2_above(_cdiv(256, layout.S * itemsize))
 
-    held = []
-    per_thread = BYTES_PER_THREAD // itemsize
-    while per_thread <= most:
-        plan = _tile(layout, itemsize, bits, per_thread, narrow(64))  # the least that DRAM moves
-        tiles = _tiles(plan, layout)
-        # All at once, a few to a multiprocessor, and of a group no more than one: a second round of
-        # the last few slabs would take as long as the first.
-        programs = min(programs_per_sm, 2) * device.sms
-        if tiles == 1 or (tiles <= device.sms and plan.channel_blocks * tiles <= programs):
-            held.append(_split(plan, layout, 1))
-        per_thread *= 2
     if layout.channels_last:
         few = layout.N * layout.C * layout.S <= FEW and layout.columns == 1
         narrowest = SECTOR // itemsize
     else:
         few, narrowest = _alone(layout.N, layout.C, layout.S), 1
-    alone = most == 0 or any(plan.splits == 1 for plan in held)
-    widest = narrow(64) if few and not alone else narrowest
-    while widest > narrowest:  # narrower runs may leave a program its channels to itself
-        widest //= 2
-        plan = _tile(layout, itemsize, bits, per_thread // 2, widest)
-        if _tiles(plan, layout) == 1:
-            held.append(_split(plan, layout, 1))
-    if held:
-        # A program that has its channels to itself needs no one; else the more of them the better.
-        plan = next((plan for plan in held if plan.splits == 1), held[0])
+
+    def held(widest: int, tiles: int, programs: int) -> Plan | None:
+        """With the smallest tiles that are no more of a slab, and no more programs."""
+        per_thread = BYTES_PER_THREAD // itemsize
+        while per_thread <= most:
+            plan = _tile(layout, itemsize, bits, per_thread, widest)
+            of_slab = _tiles(plan, layout)
+            if of_slab <= tiles and of_slab * plan.channel_blocks <= programs:
+                return _split(plan, layout, 1)
+            per_thread *= 2
+        return None
+
+    # A program that has its channels to itself needs no one.
+    widest = narrow(64)  # the least that DRAM moves
+    plan = held(widest, 1, layout.C)
+    while few and widest > narrowest and (plan is None or 2 * plan.channel_blocks <= device.sms):
+        widest //= 2  # narrower runs may do, or make more programs
+        plan = held(widest, 1, layout.C) or plan
+    # Else all at once, a few to a multiprocessor, and of a group no more than one: a second round
+    # of the last few slabs would take as long as the first.
+    plan = plan or held(narrow(64), device.sms, min(programs_per_sm, 2) * device.sms)
+    if plan is not None:
         groups = min(plan.channel_blocks, device.sms * programs_per_sm // plan.splits)
         return replace(plan, tier="registers", groups=groups)
 
