@@ -52,6 +52,7 @@ TENSORS = {
     "planes": ((128, 256, 56, 56), CONTIGUOUS, BF16, True),
     "pixels": ((128, 256, 56, 56), CHANNELS_LAST, BF16, True),
     "rows": ((4096, 512), CONTIGUOUS, F64, True),
+    "odd channels": ((64, 65, 56, 56), CHANNELS_LAST, BF16, True),
     "odd planes": ((64, 512, 7, 7), CONTIGUOUS, F64, False),
 }
 
@@ -127,6 +128,7 @@ def compile_all(target, x, fused=True):
 # What the saved table does not have: everything optional there and not, two launches, float64
 CASES = [
     ("pixels", "sm_90"),
+    ("odd channels", "sm_90"),
     ("odd planes", "sm_90"),
     ("rows", "sm_90"),
     ("planes", "sm_100"),
