@@ -5,7 +5,7 @@ import inspect
 import weakref
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -510,6 +510,22 @@ def test_batch_stats_of_an_empty_batch_are_zero(shape, dtype, device):
     assert equal(mean, torch.zeros(3, device=device, dtype=F64 if dtype == F64 else F32))
     assert equal(var, mean)
     assert equal(count, torch.tensor(0, device=device))
+
+
+@MODES
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 0), (9, 5, 4, 0), (0, 3, 2, 4), (9, 5, 0, 4), (2, 0, 4, 3)]
+)
+def test_empty_batch_of_any_strides_keeps_no_bits(shape, training, device):
+    for order in permutations(range(len(shape))):
+        x = torch.ones([shape[d] for d in order], device=device)
+        x = x.permute([order.index(d) for d in range(len(shape))]).requires_grad_()
+        C = shape[1]
+        running = torch.zeros(C, device=device), torch.ones(C, device=device)
+        residual = torch.ones_like(x).requires_grad_()
+        y = batch_norm(x, *running, None, None, training, activation="relu", residual=residual)
+        for tensor in (y, *torch.autograd.grad(y.sum(), (x, residual))):
+            assert tensor.shape == shape
 
 
 def test_empty_batch_can_be_differentiated_twice(device):

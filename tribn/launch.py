@@ -104,9 +104,6 @@ class Layout:
     def channels(self) -> int:
         return self.C // self.columns
 
-    def channel(self, column: int) -> int:
-        return column // self.plane % self.channels
-
     @property
     def whole(self) -> int:
         """How many columns are not to be parted: those of whole channels, by eights."""
@@ -133,13 +130,15 @@ def collapse(
     No element moves. Axes other than the channel `axis` may be visited in any order, since they
     are reduced together: they are sorted by the first tensor's strides and neighbours are merged
     where all tensors allow it. Short planes that make narrow accesses are seen side by side, as one
-    run of columns, unless a mask differs within them, and so are pixels of neighbouring channels;
-    where one `sums` that costs more than 8-byte accesses, and than a program that takes a channel
-    by itself. Returns None where more than two axes remain.
+    run of columns, unless there is a mask, and so are pixels of neighbouring channels; where one
+    `sums` that costs more than accesses of 4 elements, and than a program that takes channels by
+    itself. Returns None where more than two axes remain.
     """
     if mask is not None:
         strides = [*strides, mask]
     order = [d for d in range(len(shape)) if d != axis and shape[d] != 1]
+    if any(shape[d] == 0 for d in order):  # strides then mean nothing
+        return Layout(0, shape[axis], 1, ((0, 1, 0),) * (len(strides) - (mask is not None)))
     order.sort(key=lambda d: strides[0][d], reverse=True)
     merged: list[tuple[int, list[int]]] = []
     for d in order:
@@ -196,8 +195,8 @@ def bits_shape(shape: Sequence[int], strides: Sequence[int], axis: int) -> tuple
     """Bytes that hold a bit for every element of a dense tensor.
 
     Each run of neighbouring elements starts with a byte: [N, C, ceil(S / 8)], or if the channels
-    are neighbours [N * S, ceil(C / 8)]. Planes side by side take fewer, the first of these: the
-    shape is the same whether S is a multiple of 8, so that sizes may be symbols.
+    are neighbours [N * S, ceil(C / 8)]. What lies side by side takes fewer, the first of these: the
+    shape is the same whether sizes are multiples of 8, so that they may be symbols.
     """
     layout = runs(shape, strides, axis, masked=True)
     N, C, S = layout.N, layout.C, layout.S
@@ -247,8 +246,8 @@ class Plan:
 
     @property
     def run(self) -> int:
-        """How many neighbouring elements of an access are of channels of their own."""
-        return self.vec if self.channels_last and self.plane == 1 else 1
+        """How many elements next to each other are of as many channels; 1 where of the same."""
+        return max(2, self.vec) if self.channels_last and self.plane == 1 else 1
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
@@ -363,23 +362,24 @@ def single_read_plan(
     else:
         few, narrowest = _alone(layout.N, layout.C, layout.S), 1
 
-    def held(widest: int, tiles: int, programs: int) -> Plan | None:
-        """With the smallest tiles that are no more of a slab, and no more programs."""
+    def held(widest: int, tiles: int, programs: int | None = None) -> Plan | None:
+        """With the smallest tiles of which a slab, and all slabs, have no more."""
         per_thread = BYTES_PER_THREAD // itemsize
         while per_thread <= most:
             plan = _tile(layout, itemsize, bits, per_thread, widest)
             of_slab = _tiles(plan, layout)
-            if of_slab <= tiles and of_slab * plan.channel_blocks <= programs:
+            of_all = of_slab * plan.channel_blocks
+            if of_slab <= tiles and (programs is None or of_all <= programs):
                 return _split(plan, layout, 1)
             per_thread *= 2
         return None
 
     # A program that has its channels to itself needs no one.
     widest = narrow(64)  # the least that DRAM moves
-    plan = held(widest, 1, layout.C)
+    plan = held(widest, 1)
     while few and widest > narrowest and (plan is None or 2 * plan.channel_blocks <= device.sms):
         widest //= 2  # narrower runs may do, or make more programs
-        plan = held(widest, 1, layout.C) or plan
+        plan = held(widest, 1) or plan
     # Else all at once, a few to a multiprocessor, and of a group no more than one: a second round
     # of the last few slabs would take as long as the first.
     plan = plan or held(narrow(64), device.sms, min(programs_per_sm, 2) * device.sms)
@@ -463,7 +463,7 @@ def _alone(N: int, C: int, S: int) -> bool:
 
 
 def _few_rows(N: int, S: int) -> bool:
-    """Whether a program takes neighbouring channels by itself, a sector of 16 bits each."""
+    """Whether a program takes by itself as many neighbouring channels as fill a sector."""
     return _pow2_above(N) * _pow2_above(S) * SECTOR // 2 <= ALONE
 
 

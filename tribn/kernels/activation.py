@@ -99,7 +99,7 @@ def gelu_grad(dy, z, p, q):
 
 @triton.jit
 def gelu_tanh(z, p, q):
-    """0.5 * (1 + tanh(inner)) is the sigmoid of twice as much, which cancels nowhere."""
+    """Its 0.5 * (1 + tanh(u)) is the sigmoid of 2 * u, where nothing cancels."""
     return z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
 
 
@@ -107,7 +107,7 @@ def gelu_tanh(z, p, q):
 def gelu_tanh_grad(dy, z, p, q):
     twice = 1.5957691216057308 * (z + 0.044715 * z * z * z)
     slope = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    e = tl.exp(-tl.abs(twice))
+    e = tl.exp(-tl.abs(twice))  # of the side where it does not overflow
     s = 1.0 / (1.0 + e)
     return dy * (tl.where(twice < 0.0, e * s, s) + z * (e * s * s) * slope)
 
@@ -125,7 +125,7 @@ def silu_grad(dy, z, p, q):
 
 @triton.jit
 def mish(z, p, q):
-    """With n = exp(z) * (exp(z) + 2), tanh(log(1 + exp(z))) is n / (n + 2)."""
+    """With n = exp(z) * (exp(z) + 2), tanh(log(1 + exp(z))) is n / (n + 2): 1 for z above 20."""
     e = tl.exp(tl.where(z > 20.0, 20.0, z))
     n = e * (e + 2.0)
     return z * (n / (n + 2.0))
@@ -133,7 +133,7 @@ def mish(z, p, q):
 
 @triton.jit
 def mish_grad(dy, z, p, q):
-    e = tl.exp(tl.where(z > 40.0, 40.0, z))
+    e = tl.exp(tl.where(z > 40.0, 40.0, z))  # beyond which the derivative is 1 in float64 too
     n = e * (e + 2.0)
     r = 1.0 / (n + 2.0)
     slope = tl.where(z > 40.0, 0.0, 4.0 * (e * r) * ((e + 1.0) * r))

@@ -146,7 +146,7 @@ class Launcher:
             large = [single_read_plan(*of, n, 0) for n in (4, 3, 2, 1)]
             # One program with a large tile beats two with smaller ones only over neighbouring
             # channels, and where accesses are no narrower than 8 bytes.
-            rows = self.layout.channels_last and self.layout.columns == 1
+            rows = self.layout.channels_last and self.layout.plane == 1
             plans += large if rows and large[0].vec * itemsize >= 8 else large[:-1]
             plans += [single_read_plan(*of, n, 0, BYTES_PER_THREAD) for n in (3, 2, 1)]
             if self.facts.cooperative or not any(plan.waits for plan in plans):

@@ -101,7 +101,7 @@ def by_column(
 
 @triton.jit
 def sum_lanes(x, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, SLAB: tl.constexpr, RUN: tl.constexpr):
-    """Sums of channels of a tile, or of what `fold` made of it, in a dtype, `spread`."""
+    """Sums of channels of a tile, or of what `fold` made of it, in a dtype; RUN as in `spread`."""
     if COLUMNS == 1:
         return spread(tl.sum(x, 1), RUN).to(DTYPE)
     else:
