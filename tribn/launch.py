@@ -26,7 +26,7 @@ NARROWEST = 4  # elements of an access to planes one by one; others are seen sid
 ALONE = 2048  # elements of a tile for one channel that a program takes by itself
 FEW = 2**20  # elements of such a tensor; more are a matter of throughput, which is lower then
 SECTOR = 32  # bytes that memory moves at least
-RUN = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
+UNIT = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
 MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower
 
@@ -163,10 +163,10 @@ def collapse(
 def _side_by_side(layout: Layout, sums: bool) -> Layout:
     """What makes narrow accesses, as runs of columns: short planes, or pixels of few channels."""
     N, C, S, strides = layout.N, layout.C, layout.S, layout.strides
-    least = NARROWEST if sums else RUN
-    aligned = all(n % RUN == 0 for n, _, _ in strides)
+    least = NARROWEST if sums else UNIT
+    aligned = all(n % UNIT == 0 for n, _, _ in strides)
     if aligned and S % least and all(c == S and s == 1 for _, c, s in strides):
-        fits = C * S % RUN == 0 and whole_run(S) <= MOST_COLUMNS
+        fits = C * S % UNIT == 0 and whole_run(S) <= MOST_COLUMNS
         if fits and not (sums and _alone(N, C, S)):
             return Layout(N, C * S, 1, tuple((n, 1, 0) for n, _, _ in strides), plane=S)
     elif aligned and C % least and all(c == 1 and s == C for _, c, s in strides):
@@ -181,7 +181,7 @@ def _side_by_side(layout: Layout, sums: bool) -> Layout:
 
 def whole_run(columns: int) -> int:
     """The fewest columns, a multiple of so many and of eight."""
-    return math.lcm(columns, RUN)
+    return math.lcm(columns, UNIT)
 
 
 def runs(shape: Sequence[int], strides: Sequence[int], axis: int, masked: bool) -> Layout:
