@@ -26,9 +26,9 @@ NARROWEST = 4  # elements of an access to planes one by one; others are seen sid
 ALONE = 2048  # elements of a tile for one channel that a program takes by itself
 FEW = 2**20  # elements of such a tensor; more are a matter of throughput, which is lower then
 SECTOR = 32  # bytes that memory moves at least
-UNIT = 8  # columns of short planes begin and end with a multiple of it: 16 bytes, and one of bits
+UNIT = 8  # of columns side by side there is a multiple of it: of 16 bytes, and of a byte of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
-MOST_COLUMNS = WIDEST // 2  # of a run of whole planes; tiles of float64 are narrower
+MOST_COLUMNS = WIDEST // 2  # that are not to be parted; tiles of float64 are narrower
 
 
 sm_margin = 0  # multiprocessors that plans leave alone
