@@ -12,13 +12,13 @@ from tribn.kernels import host
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 # Planes side by side, with 8-byte accesses and with large tiles; channels that are no multiple of
-# anything, a few, and slabs that several programs wait for.
+# anything, a few, their pixels side by side or not, and slabs that several programs wait for.
 SHAPES = [
     *[((33, 8, 7, 7), FIRST), ((4, 8, 7, 7), FIRST), ((6, 24, 14, 14), FIRST)],
     ((4, 64, 56, 56), FIRST),
     *[((3, 65, 5, 5), FIRST), ((40, 3, 64, 64), FIRST)],
     *[((4, 64, 56, 56), LAST), ((6, 65, 9, 9), LAST), ((6, 200, 7, 7), LAST)],
-    *[((40, 3, 64, 64), LAST), ((8, 256, 40, 40), LAST)],
+    *[((40, 3, 64, 64), LAST), ((8, 65, 16, 16), LAST), ((8, 256, 40, 40), LAST)],
 ]
 FUSED = [(False, None, False), (True, "relu", False), (False, "silu", True)]  # residual, mask
 

@@ -292,7 +292,7 @@ DIFFER = "process group differ: all must call the same layers"
 
 # Which differs: also one beyond those that are merged at once
 @pytest.mark.parametrize("rank", [0, 1, MERGE, MERGE + 2])
-@pytest.mark.skipif(not INTERPRET, reason="a GPU's failed assertion spoils its process")
+@pytest.mark.skipif(not INTERPRET, reason="on a GPU it ends the process: see the next test")
 def test_ranks_that_differ_fail_and_move_nothing(rank, monkeypatch):
     monkeypatch.setattr(builder, "options", replace(builder.options, debug=True))
     rows = torch.rand(MERGE + 3, 2 + 2 * 20, dtype=F64)
@@ -311,7 +311,7 @@ def test_ranks_that_differ_fail_and_move_nothing(rank, monkeypatch):
 @pytest.mark.parametrize(
     "merge", ["sync_sum(rows)", "sync_combine(rows, *[None] * 3, 0.1, 1, 0, F32)"]
 )
-@pytest.mark.skipif(not GPU, reason="without a GPU the interpreter fails, in the test above")
+@pytest.mark.skipif(not GPU, reason="needs a GPU: see the test above for the interpreter")
 def test_ranks_that_differ_fail_on_a_gpu(merge):
     code = f"""
 import torch

@@ -184,11 +184,11 @@ def test_a_program_takes_few_rows_of_neighbouring_channels_by_itself(itemsize, i
     """In runs of at least a sector, so many rows as a program holds of these."""
     held = 64 // inputs // (4 if itemsize == 8 else 1)
     rows = 256 * held // (32 // itemsize)
-    for N, C, splits in ((rows, 256, 1), (rows - 1, 40, 1), (rows + 1, 256, None)):
+    for N, C, alone in ((rows, 256, True), (rows - 1, 40, True), (rows + 1, 256, False)):
         layout = layout_of((N, C), tensors=inputs + 1)
         plan = single_read_plan(layout, itemsize, H100, inputs)
         assert plan.tier == "registers"
-        assert (plan.splits == 1) == (splits == 1)
+        assert (plan.splits == 1) == alone
         assert plan.block_c * itemsize >= 32
     many = layout_of((rows, 2**20 // rows + 32), tensors=inputs + 1)
     plan = single_read_plan(many, itemsize, H100, inputs)

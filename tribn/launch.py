@@ -22,11 +22,11 @@ BARRIER = 1  # what waiting costs, in tiles of a program
 FEW_TILES = 12  # for each multiprocessor: one program takes them sooner than several that wait
 FEWEST_GROUPS = 6  # of neighbouring channels: with fewer, waiting costs more than reading twice
 EVALUATED = 512  # bytes of a row of channels, in a large tile, where nothing is summed up
-NARROWEST = 4  # elements of an access to planes one by one; others are seen side by side
+NARROWEST = 4  # elements of an access, for sums; what has narrower ones is seen side by side
 ALONE = 2048  # elements of a tile for one channel that a program takes by itself
 FEW = 2**20  # elements of such a tensor; more are a matter of throughput, which is lower then
 SECTOR = 32  # bytes that memory moves at least
-UNIT = 8  # of columns side by side there is a multiple of it: of 16 bytes, and of a byte of bits
+UNIT = 8  # columns side by side are a multiple of it: 16 bytes of 16-bit types, a byte of bits
 WIDEST = 2048  # columns of a tile: of 16 bits each, 16 bytes for each thread
 MOST_COLUMNS = WIDEST // 2  # that are not to be parted; tiles of float64 are narrower
 
@@ -441,13 +441,13 @@ def _tile(
         block_c = min(_pow2_above(C), elements // block_s) if elements > 16 * S else 1
         block_c = min(block_c, widest or block_c)
     block_n = min(_pow2_above(N), elements // (block_c * block_s))
-    return Plan(
+    plan = Plan(
         block_n=block_n,
         block_c=block_c,
         block_s=block_s,
         tiles_per_split=_cdiv(N, block_n) * _cdiv(S, block_s),
         splits=1,
-        channel_blocks=_cdiv(C, block_c // layout.whole * layout.whole),
+        channel_blocks=0,
         channels_last=channels_last,
         vec=vec,
         num_warps=max(1, block_n * block_c * block_s // (32 * per_thread)),
@@ -455,6 +455,7 @@ def _tile(
         pixels=layout.pixels,
         whole=layout.whole,
     )
+    return replace(plan, channel_blocks=_cdiv(C, plan.slab))
 
 
 def _alone(N: int, C: int, S: int) -> bool:
